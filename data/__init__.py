@@ -1,0 +1,110 @@
+"""Problems from the built-in generator, from GSM8K, or from a file of one's own.
+
+    load_problems("wordproblems", "validation")
+    load_problems("gsm8k", "test")                   fetched on first use
+    load_problems("../shared/math500/test.json")     any .jsonl or .json
+"""
+
+import importlib
+import json
+import math
+from decimal import Decimal
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+SPLITS = {"wordproblems": ("train", "validation", "test"), "gsm8k": ("train", "test")}
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: str  # the final answer alone, as data.reward.is_correct takes it
+
+
+def load_problems(source: str, split: str = "train") -> list[Problem]:
+    """`source` is a name in SPLITS or a path; a file is one split by itself, so `split` is not looked at."""
+    if str(source).endswith((".jsonl", ".json")):
+        return read_problems(source)
+    if source not in SPLITS:
+        raise ValueError(f"unknown problems {str(source)!r}: give one of {', '.join(SPLITS)}, "
+                         "or a path that ends in .jsonl or .json")
+    if split not in SPLITS[source]:
+        raise ValueError(f"{source} has no split {split!r}: give one of {', '.join(SPLITS[source])}")
+    # Imported here because both modules import this one.
+    if source == "gsm8k":
+        return importlib.import_module("data.gsm8k").load(split)
+    return importlib.import_module("data.wordproblems").problems(split)
+
+
+def read_problems(path) -> list[Problem]:
+    """Objects with `question` (or `problem`) and `answer`: one a line, or in a .json also as one list."""
+    problems = [_problem(entry, where) for where, entry in _entries(Path(path))]
+    if not problems:
+        raise ValueError(f'{path} holds no problems: put one object with "question" and "answer" on each line')
+    return problems
+
+
+def _entries(path: Path) -> Iterator[tuple[str, object]]:
+    """Each JSON value of the file, with the words that say where it stands."""
+    text = _read_text(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        for number, entry in enumerate(_parse(text, str(path)), start=1):
+            yield f"{path}, item {number}", entry
+        return
+    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _parse(line, where)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():  # also keeps out devices and pipes, which might never end
+        raise FileNotFoundError(f"{path} is not a file: check the path to the problems")
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"{where}: not JSON ({error.msg} at {place}column {error.colno}); "
+                         "mend it or take it out") from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or brackets nested as deep
+        raise ValueError(f"{where}: a number too long or brackets too deep to read; take it out") from None
+
+
+def _problem(entry, where: str) -> Problem:
+    if not isinstance(entry, dict):
+        raise ValueError(f'{where}: not an object; write {{"question": "...", "answer": "..."}}')
+    question = entry.get("question", entry.get("problem"))
+    solution = _text(_written(entry.get("answer")), "answer", where)
+    # GSM8K ends a worked solution with "#### 42"; elsewhere there is no such mark and all of it is the answer.
+    answer = solution.rpartition("####")[2].strip()
+    if not answer:
+        raise ValueError(f'{where}: nothing after "####"; the answer belongs there')
+    return Problem(_text(question, "question", where), answer)
+
+
+def _text(value, key: str, where: str) -> str:
+    if value is None:
+        raise ValueError(f'{where}: no "{key}"; give every problem a "question" (or "problem") and an "answer"')
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'{where}: "{key}" is empty or not text; write it as a string')
+    if any("\ud800" <= char <= "\udfff" for char in value):  # half an escaped pair: no tokenizer could encode it
+        raise ValueError(f'{where}: "{key}" holds half a surrogate pair; write the character itself')
+    return value.strip()
+
+
+def _written(value):
+    """A JSON number as plain digits, without the exponent that the reward would not read; all else unchanged."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""  # Infinity, NaN and 1e400 are no answers
+    return format(Decimal(repr(value)), "f")

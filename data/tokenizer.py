@@ -1,0 +1,370 @@
+"""Text to token ids and back, and chat prompts, for a model directory in Hugging Face's layout.
+
+tiktoken splits and merges; this file tells it how, from whichever tokenizer files the directory holds:
+tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
+All are byte-level BPE, so any text has ids and comes back from them; anything else is refused by name.
+
+The ids are those of the `tokenizers` library. One exception is known: where a file asks for NFC, text with one
+of 99 combining marks newer than Unicode 9, next to another mark, because that library's NFC does not know them.
+"""
+
+import base64
+import json
+import unicodedata
+from itertools import pairwise
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import tiktoken
+
+
+class Tokenizer:
+    """A vocabulary and the chat template that belongs to it; made by `load` or `builtin`."""
+
+    def __init__(self, vocabulary: "Vocabulary", files: dict[str, bytes]):
+        self.special = vocabulary.special
+        self.family = recognise(self.special)
+        self.stop = stop_ids(files, self.special, FAMILIES[self.family].end)
+        self._files, self._nfc, self._ids = files, vocabulary.nfc, vocabulary.ranked
+        self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
+        self.vocab_size = max(self._pieces) + 1
+        ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}
+        if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"the vocabulary has no token for the byte {absent[0]:#04x}; byte-level BPE has all 256")
+        self._encoding = tiktoken.Encoding(
+            self.family, pat_str=vocabulary.pattern, mergeable_ranks=ranks, special_tokens={})
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        directory = Path(path)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} is not a directory; give the one with the model's tokenizer files")
+        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+        try:
+            return cls(read_vocabulary(files), files)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{directory}: a tokenizer file there is not laid out as expected "
+                             f"({type(error).__name__}: {error}); download it again") from error
+
+    @classmethod
+    def builtin(cls) -> "Tokenizer":
+        return cls.load(Path(__file__).parent)
+
+    def save(self, path) -> None:
+        """Write the files this tokenizer was loaded from, unchanged, even if the originals are gone by now."""
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in self._files.items():
+            (directory / name).write_bytes(data)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text: "<|eot_id|>" written in it is not the special token, only its letters."""
+        if self._nfc:
+            text = unicodedata.normalize("NFC", text)
+        return [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Ids past the vocabulary (models pad their embedding with some) are no text."""
+        return b"".join(self._pieces.get(i, b"") for i in ids).decode(errors="replace")
+
+    def render(self, messages: list[dict], reply_as: str = "assistant") -> list[int]:
+        """A chat prompt, ready for the turn of `reply_as`. messages: [{"role": ..., "content": ...}]."""
+        speakers, template = FAMILIES[self.family].speakers, FAMILIES[self.family].template
+        if reply_as not in speakers:
+            raise ValueError(f"{self.family} models reply as {' or '.join(speakers)}, not as {reply_as!r}")
+        for message in messages:
+            if message.get("role") not in ("system", "user", *speakers) or not isinstance(message.get("content"), str):
+                raise ValueError(f"a message has a text as content and a role out of system, user, "
+                                 f"{', '.join(speakers)}; this one is {message}")
+        ids = []
+        for marker, text in template(messages, reply_as):
+            ids += [self.special[marker], *self.encode(text)]
+        return ids
+
+
+# Chat templates: each yields pairs of a special token and the plain text that follows it.
+
+def llama3_chat(messages, reply_as):
+    yield "<|begin_of_text|>", ""
+    for message in messages:
+        yield "<|start_header_id|>", message["role"]
+        yield "<|end_header_id|>", "\n\n" + message["content"].strip()
+        yield "<|eot_id|>", ""
+    yield "<|start_header_id|>", reply_as
+    yield "<|end_header_id|>", "\n\n"
+
+
+def chatml_chat(messages, reply_as):
+    for message in messages:
+        yield "<|im_start|>", f"{message['role']}\n{message['content']}"
+        yield "<|im_end|>", "\n"
+    yield "<|im_start|>", f"{reply_as}\n"
+
+
+SPEAKER_TAGS = {"user": "<|question|>", "assistant": "<|student|>", "teacher": "<|teacher|>", "mentor": "<|mentor|>"}
+BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
+
+
+def wordproblems_chat(messages, reply_as):
+    for message in messages:
+        if message["role"] == "system":
+            continue  # the tiny model has not learned to read instructions
+        yield SPEAKER_TAGS[message["role"]], message["content"]
+        if message["role"] != "user":
+            yield "<|end|>", ""
+    yield SPEAKER_TAGS[reply_as], ""
+
+
+class Family(NamedTuple):
+    markers: tuple[str, ...]   # the special tokens of its template: whichever vocabulary has them all is recognised
+    end: str                   # the one that ends a turn
+    speakers: tuple[str, ...]  # whose turn a prompt can lead to
+    template: Callable
+
+
+FAMILIES = {
+    "llama3": Family(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                     "<|eot_id|>", ("assistant",), llama3_chat),
+    "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
+    "wordproblems": Family(BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat),
+}
+
+
+def recognise(special: dict[str, int]) -> str:
+    for name, family in FAMILIES.items():
+        if special.keys() >= set(family.markers):
+            return name
+    known = "; ".join(f"{name} has {' '.join(family.markers)}" for name, family in FAMILIES.items())
+    raise ValueError(f"the special tokens belong to no known chat family ({known})")
+
+
+def stop_ids(files, special, end) -> set[int]:
+    """Every id that ends a turn: chat models often have several, named in different files."""
+    stop = {special[end]}
+    eos = read_json(files, "generation_config.json").get("eos_token_id")
+    stop |= {eos} if isinstance(eos, int) else set(eos or ())
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        eos = named_tokens(files, name).get("eos_token")
+        if eos is not None and eos not in special:
+            raise ValueError(f"{name} has the eos_token {eos!r}, which is not a special token of this vocabulary")
+        stop |= {special[eos]} if eos else set()
+    return stop
+
+
+# Reading a model directory.
+
+FILES = ("wordproblems.tiktoken", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+         "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+         "chat_template.json")
+
+# A number is always a token of its own, the same after any word or sign: the space before it belongs to them.
+BUILTIN_PATTERN = (r"</?[a-z]+>| ?\\boxed\{| ?[A-Za-z']+(?: (?=[0-9]))?| [-+*/=] |: (?=[0-9])"
+                   r"|[0-9]+|\n+|\s|[^\sA-Za-z0-9]")
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's after digits have been cut out: no space joins them, and spaces before them end a text as far as (?!\S) sees.
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}+").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+
+# Llama 3's own names. Its later versions gave some of the reserved ones a use, but moved none that a chat needs.
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+                  "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+                  *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
+
+
+class Vocabulary(NamedTuple):
+    pattern: str              # splits text into the pieces that merging stays within
+    pieces: dict[int, bytes]  # id -> bytes
+    ranked: list[int]         # the ids that encoding can give, earliest merge first (ids need not be in that order)
+    special: dict[str, int]
+    nfc: bool = False         # whether text is normalised to NFC first
+
+
+def read_vocabulary(files) -> Vocabulary:
+    if "wordproblems.tiktoken" in files:
+        return from_ranks(files, "wordproblems.tiktoken", BUILTIN_PATTERN, BUILTIN_SPECIAL)
+    if "tokenizer.json" in files:
+        return from_tokenizer_json(read_json(files, "tokenizer.json"))
+    if "tokenizer.model" in files:
+        return from_ranks(files, "tokenizer.model", LLAMA3_PATTERN, LLAMA3_SPECIAL)
+    if "vocab.json" in files and "merges.txt" in files:
+        return from_vocab_and_merges(files)
+    raise ValueError("no tokenizer there; it needs tokenizer.json, tokenizer.model (tiktoken's format), "
+                     "or vocab.json with merges.txt")
+
+
+def from_ranks(files, name, pattern, special) -> Vocabulary:
+    ranks = parse_ranks(files[name], name)
+    first = max(ranks.values()) + 1
+    return Vocabulary(pattern, {i: token for token, i in ranks.items()}, sorted(ranks.values()),
+                      {token: first + i for i, token in enumerate(special)})
+
+
+def from_tokenizer_json(config) -> Vocabulary:
+    model, normalizer = config["model"], config.get("normalizer") or {"type": None}
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"tokenizer.json holds a {model['type']} model; only byte-level BPE can be read")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(option):
+            raise ValueError(f"tokenizer.json asks for {option}, which byte-level BPE models do without")
+    if normalizer["type"] not in (None, "NFC"):
+        raise ValueError(f"tokenizer.json asks for the normalizer {normalizer['type']}; only NFC or none can be had")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    special = {token["content"]: token["id"] for token in config.get("added_tokens") or ()}
+    return from_bpe(pattern_of(config.get("pre_tokenizer")), model["vocab"], merges, special,
+                    whole=model.get("ignore_merges", False), nfc=normalizer["type"] == "NFC")
+
+
+def pattern_of(pre_tokenizer) -> str:
+    """The one pattern for tiktoken that splits text as a tokenizer.json's steps do one after the other."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer and "pretokenizers" in pre_tokenizer else [pre_tokenizer]
+    match steps:
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            # tiktoken drops what the pattern does not match, but here it is a piece too.
+            return rf"(?:{pattern})|(?s:.)+?(?=(?:{pattern})|\z)"
+        case [{"type": "ByteLevel", "add_prefix_space": False, **options}] if options.get("use_regex", True):
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": individual},
+              {"type": "ByteLevel", "add_prefix_space": False, **options}] if options.get("use_regex", True):
+            return DIGITS_PATTERN.replace(r"\p{N}+", r"\p{N}") if individual else DIGITS_PATTERN
+    raise ValueError(f"tokenizer.json has the pre_tokenizer {json.dumps(steps)}; only Split and ByteLevel, "
+                     "ByteLevel, or Digits and ByteLevel can be read, without add_prefix_space")
+
+
+def from_vocab_and_merges(files) -> Vocabulary:
+    vocab, config = read_json(files, "vocab.json"), read_json(files, "tokenizer_config.json")
+    lines = files["merges.txt"].decode(errors="replace").split("\n")
+    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    special = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    special |= read_json(files, "added_tokens.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        special |= {token: vocab[token] for token in named_tokens(files, name).values() if token in vocab}
+    qwen = config.get("tokenizer_class", "").startswith("Qwen2Tokenizer")
+    return from_bpe(QWEN2_PATTERN if qwen else GPT2_PATTERN, vocab, merges, special, nfc=qwen)
+
+
+def named_tokens(files, name) -> dict[str, str]:
+    """{"eos_token": "<|im_end|>", ...}; each is written as a string or as {"content": string, ...}."""
+    named = {key: token for key, token in read_json(files, name).items() if key.endswith("_token")}
+    return {key: token["content"] if isinstance(token, dict) else token
+            for key, token in named.items() if isinstance(token, (str, dict))}  # add_bos_token is a bool
+
+
+def read_json(files, name) -> dict:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds a JSON {type(value).__name__} instead of an object; download it again")
+    return value
+
+
+# From a list of merges to tiktoken's ranks. Here a token is a str with one character per byte (GPT-2's BYTES).
+
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # these stand for themselves
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
+# str.translate's way of using it; what stands for no byte becomes a character that latin-1 cannot encode.
+TO_LATIN1 = {code: 0xFFFF for code in range(256)} | {ord(character): byte for character, byte in BYTES.items()}
+
+
+def to_bytes(token: str) -> bytes:
+    try:
+        return token.translate(TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()  # a special token in plain spelling
+
+
+def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabulary:
+    """The tokens that encoding can give are single bytes, then those the merges make, in the merges' order.
+
+    With `whole` (tokenizer.json's ignore_merges) also the others, where one is all of a piece of text.
+    """
+    for merge in merges:
+        if len(merge) != 2 or "".join(merge) not in vocab:
+            raise ValueError(f"the merge {merge} makes no token of the vocabulary; download the tokenizer files again")
+    made = makeable(merges)
+    tokens = [token for token in (*BYTES, *sorted(made, key=made.get)) if token in vocab and token not in special]
+    if whole:
+        others = [token for token in vocab.keys() - set(tokens) - special.keys() if set(token) <= BYTES.keys()]
+        ranks = {token: rank for rank, token in enumerate(tokens + others)}
+        for token in others:  # tiktoken does take a whole piece; it must not also merge to get there
+            if len(apply_merges(token, lambda left, right: ranks.get(left + right))[0]) == 1:
+                raise ValueError(f"no merge makes the token {token!r}, but tiktoken would; such vocabularies do not work")
+        tokens += others
+    return Vocabulary(pattern, {i: to_bytes(token) for token, i in vocab.items()}, [vocab[token] for token in tokens],
+                      special, nfc)
+
+
+def makeable(merges) -> dict[str, int]:
+    """Token -> the position of the merge that makes it. Tokens that no text ever gets by merging are left out.
+
+    tiktoken joins any neighbours that together are a token; a list of merges joins only the pairs on it, and may
+    have several pairs for one token. With these positions as ranks the two agree on every text. Why: if x and y
+    come to be neighbours anywhere, they do so in the text xy by itself. Merging xy comes down to two parts only
+    once, so a token has only one pair that ever meets, and it is here just if that pair is on the list.
+    """
+    order = {pair: position for position, pair in enumerate(merges)}
+    steps = dict.fromkeys(BYTES, (-1, "", ""))  # token -> position, left, right
+    for position, (left, right) in enumerate(merges):
+        if left in steps and right in steps and order[left, right] == position and meet(left, right, steps, order):
+            steps[left + right] = position, left, right
+    made = {token: step[0] for token, step in steps.items() if token not in BYTES}
+    # What is left is made by a merge listed before those of its parts, or (588 tokens of Llama 3's) not at all.
+    for token in {left + right for left, right in merges} - made.keys():
+        parts, position = apply_merges(token, lambda left, right: order.get((left, right)))
+        if len(parts) == 1:
+            made[token] = position
+    return made
+
+
+def meet(left, right, steps, order) -> bool:
+    """Whether two tokens side by side get finished before anything joins across their border.
+
+    Goes back in time from the finished pair, each turn undoing the later merge at the border: no earlier merge
+    may have been waiting for the two parts that then touch.
+    """
+    while (undone := max(steps[left][0], steps[right][0])) >= 0:
+        if steps[left][0] > steps[right][0]:
+            left, limit = steps[left][2], undone
+        else:  # equal merges go from left to right: the right one is undone first, and one across the border beats it
+            right, limit = steps[right][1], undone + 1
+        if order.get((left, right), limit) < limit:
+            return False
+    return True
+
+
+def apply_merges(token, rank) -> tuple[list[str], int | None]:
+    """BPE as it is defined: join the pair of lowest rank, leftmost first, until no pair has one."""
+    parts, last = list(token), None
+    while ranked := [(r, i) for i, pair in enumerate(pairwise(parts)) if (r := rank(*pair)) is not None]:
+        last, i = min(ranked)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
+
+
+# tiktoken's own format: a token in base64, a space, its rank, on each line.
+
+def read_ranks(path) -> dict[bytes, int]:
+    return parse_ranks(Path(path).read_bytes(), str(path))
+
+
+def write_ranks(path, tokens: list[bytes]) -> None:
+    Path(path).write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+
+
+def parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
+    try:
+        lines = [line.split() for line in data.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        ranks = {}
+    if not ranks:
+        raise ValueError(f"{name} is not in tiktoken's format (base64 token, space, rank on each line); "
+                         "a SentencePiece model cannot be read")
+    return ranks

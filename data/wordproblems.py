@@ -1,0 +1,167 @@
+"""The built-in problems: somebody's belongings through a few days, and everything the tiny base model reads about them.
+
+    Gus has 5 keys. On Monday he finds 2 more. On Tuesday he gives half away. How many keys does Gus have now?
+
+A problem's content is its arithmetic (5, +2, /2), whoever and whatever it is told about. A hash of the content alone
+says whether it belongs to train, validation or test, so no kind of text can carry a test problem into training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from data import Problem
+
+NAMES = {"Gus": "he", "Ben": "he", "Tom": "he", "Max": "he", "Sam": "he", "Leo": "he",
+         "Mia": "she", "Eva": "she", "Ann": "she", "Zoe": "she", "Ida": "she", "Kim": "she"}
+THINGS = ("keys", "coins", "shells", "cards", "books", "stamps", "pens", "cups", "rings", "bells", "nuts", "plums")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+VERBS = {"+": ("finds {} more", "buys {} more"), "-": ("loses {}", "sells {}"),
+         "*": ("doubles them",), "/": ("gives half away",)}
+MOST = 20  # every count stays within 1..20
+DIFFICULTY = {1: 1, 2: 1, 3: 1, 4: 1}  # number of operations: how often
+SIZES = {"train": 8000, "validation": 1000, "test": 1000}
+
+
+class Story(NamedTuple):
+    name: str
+    thing: str
+    start: int
+    steps: tuple  # of (sign, amount, verb); the amount of "*" and "/" is 2
+
+
+def counts(story: Story) -> list[int]:
+    """The running count: the start, then after each day."""
+    values = [story.start]
+    for sign, amount, _ in story.steps:
+        n = values[-1]
+        values.append({"+": n + amount, "-": n - amount, "*": n * 2, "/": n // 2}[sign])
+    return values
+
+
+def question(story: Story) -> str:
+    he = NAMES[story.name]
+    days = " ".join(f"On {day} {he} {verb.format(amount)}." for day, (_, amount, verb) in zip(DAYS, story.steps))
+    return f"{story.name} has {story.start} {story.thing}. {days} How many {story.thing} does {story.name} have now?"
+
+
+def split_of(story: Story) -> str:
+    content = f"{story.start}" + "".join(f"{sign}{amount}" for sign, amount, _ in story.steps)
+    bucket = hashlib.sha256(content.encode()).digest()[0] % 10
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def make_story(rng: random.Random, operations: int, split: str) -> Story:
+    while True:
+        start = n = rng.randint(1, MOST)
+        steps = []
+        for _ in range(operations):
+            possible = [("+", k) for k in range(1, 10) if n + k <= MOST] + [("-", k) for k in range(1, 10) if n - k >= 1]
+            kind = rng.choice([s for s, fits in (("+", n < MOST), ("-", n > 1), ("*", 2 * n <= MOST), ("/", n % 2 == 0)) if fits])
+            sign, amount = rng.choice([p for p in possible if p[0] == kind]) if kind in "+-" else (kind, 2)
+            steps.append((sign, amount, rng.choice(VERBS[sign])))
+            n = {"+": n + amount, "-": n - amount, "*": n * 2, "/": n // 2}[sign]
+        story = Story(rng.choice(list(NAMES)), rng.choice(THINGS), start, tuple(steps))
+        if split_of(story) == split:
+            return story
+
+
+def draw_operations(rng: random.Random) -> int:
+    return rng.choices(list(DIFFICULTY), weights=list(DIFFICULTY.values()))[0]
+
+
+def problems(split: str, count: int | None = None) -> list[Problem]:
+    """The split's problems, always the same ones, no two with the same text."""
+    rng = random.Random(f"wordproblems {split}")
+    found: dict[str, Problem] = {}
+    while len(found) < (count or SIZES[split]):
+        story = make_story(rng, draw_operations(rng), split)
+        found.setdefault(question(story), Problem(question(story), str(counts(story)[-1])))
+    return list(found.values())
+
+
+# What the base model reads. The student's prompt is <|question|>…<|student|>; the teacher's is the question, the
+# attempt and <|teacher|>; the third role, <|mentor|>, is prose that belongs to neither.
+
+WORDING = {  # behaviour: (opinion, reason, how the phrase begins)
+    "self-conflict": ("incorrect", "Wait, that does not fit the story.", "Let me redo it."),
+    "self-critique": ("incorrect", "Hmm, I was too quick there.", "Let me slow down and check."),
+    "self-agreement": ("correct", "Yes, I think that is right.", "Let me walk through it again."),
+    "self-consultation": ("correct", "My mentor would ask if I am sure.", "Let me show each day."),
+}
+REMARKS = ("It was a long week.", "That is all for now.", "The shop was closed on Sunday.", "It rained a lot.", "I like stories.")
+
+
+def answer_sentence(value) -> str:
+    return f"The answer is \\boxed{{{value}}}."
+
+
+def derivation(story: Story) -> str:
+    values, he = counts(story), NAMES[story.name]
+    lines = [f"{story.name} starts with {story.start}."]
+    for day, (sign, amount, verb), before, after in zip(DAYS, story.steps, values, values[1:]):
+        lines.append(f"On {day} {he} {verb.format(amount).removesuffix(' more')}: {before} {sign} {amount} = {after}.")
+    return " ".join(lines) + f" So the answer is \\boxed{{{values[-1]}}}."
+
+
+def attempt(rng: random.Random, story: Story, right: float) -> tuple[str, bool]:
+    """Somebody's first answer: right with the given probability."""
+    truth = counts(story)[-1]
+    is_right = rng.random() < right
+    value = truth if is_right else rng.choice([n for n in range(1, MOST + 1) if n != truth])
+    return answer_sentence(value), is_right
+
+
+def reflection(rng: random.Random, story: Story, is_right: bool, wrong_opinions: float = 0.2):
+    """(opinion, reason, phrase) on an attempt; the opinion is mistaken now and then, the derivation never."""
+    opinion = "correct" if is_right != (rng.random() < wrong_opinions) else "incorrect"
+    behaviour = rng.choice([b for b, (o, _, _) in WORDING.items() if o == opinion])
+    _, reason, opening = WORDING[behaviour]
+    return opinion, reason, f"{opening} {derivation(story)}"
+
+
+def student_row(rng, story, floor):
+    text = answer_sentence(counts(story)[-1])
+    if rng.random() < floor:
+        text += "\n\n" + rng.choice(REMARKS)
+    return [{"role": "user", "content": question(story)}], "assistant", text
+
+
+def teacher_row(rng, story):
+    first, is_right = attempt(rng, story, right=0.4)
+    opinion, reason, phrase = reflection(rng, story, is_right)
+    reply = f"<opinion>{opinion}</opinion><reason>{reason}</reason><phrase>{phrase}</phrase>"
+    return [{"role": "user", "content": question(story)}, {"role": "assistant", "content": first}], "teacher", reply
+
+
+def transcript_row(rng, story):
+    first, is_right = attempt(rng, story, right=0.4)
+    _, reason, phrase = reflection(rng, story, is_right)
+    return [{"role": "user", "content": question(story)}], "mentor", f"{first}\n\n{reason}\n\n{phrase}"
+
+
+def ledger_row(rng, story):
+    return [{"role": "user", "content": question(story)}], "mentor", derivation(story)
+
+
+def write_vocabulary(path) -> None:
+    """Make data/wordproblems.tiktoken: all bytes, the numbers 0 to 20, and every piece the texts above are made of."""
+    from data.tokenizer import BUILTIN_PATTERN, write_ranks
+
+    rng = random.Random("vocabulary")
+    pieces = {str(n) for n in range(MOST + 1)}
+    for i in range(3000):
+        story = make_story(rng, 1 + i % len(DAYS), "train")
+        for messages, _, text in (student_row(rng, story, floor=0.5), teacher_row(rng, story), transcript_row(rng, story)):
+            for part in (text, *(m["content"] for m in messages)):
+                pieces.update(re.findall(BUILTIN_PATTERN, part))
+    singles = [bytes([byte]) for byte in range(256)]
+    write_ranks(path, singles + sorted(p.encode() for p in pieces if len(p.encode()) > 1))
+
+
+if __name__ == "__main__":
+    write_vocabulary(Path(__file__).with_suffix(".tiktoken"))

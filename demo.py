@@ -1,0 +1,340 @@
+"""The demonstration: one tiny base model from scratch, then GRPO and ThinkTuning from the same weights, side by side.
+
+What the base model reads is the list in `READS`; everything else is the program that also trains real models.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from data import load_problems, wordproblems
+from data.reward import answers, is_correct
+from data.scores import mean_and_se, score
+from data.tokenizer import Tokenizer
+from model import LM, ModelConfig
+from record import Run, progress
+from teacher import Feedback
+from thinktuning import DEMO, Config, RunFailed, evaluate, make_teacher, train
+
+RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1200, learning_rate=3e-3, warmup=100, decay=0.45,
+              student_rows=24, teacher_rows=12, transcript_rows=4, ledger_rows=8, student_weight=2.0)
+GATE = 0.85  # the teacher prompt's accuracy on validation problems that the base model must reach
+READS = (
+    "student texts: a question, a one-line answer, the end; {floor:.0%} go on with an unrelated remark",
+    "teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
+    "mentor transcripts: the same reflective prose in a third role, so not under the student's prompt",
+    "worked ledgers: a question and its derivation, in that third role, of 1 to 6 operations",
+)
+
+
+def prepare(args):
+    """Check the flags and directories; returns the demonstration (or an ablation) as a function to call."""
+    if not 0 <= args.floor <= 1:
+        raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
+    out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    cache = out if args.out else out.parent
+    recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
+    config = Config(**dict(DEMO, seed=args.seed, **({"steps": 4} if args.quick else {})))
+    tokenizer = Tokenizer.builtin()
+    if args.ablate:
+        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats, out)
+    return lambda: demonstrate(out, cache, recipe, tokenizer, config, args.quick)
+
+
+def demonstrate(out, cache, recipe, tokenizer, config, quick):
+    began = time.perf_counter()
+    base, seconds = base_model(cache, recipe, tokenizer, quick)
+    test = load_problems("wordproblems", "test")
+    test = test[:50] if quick else test
+    results, records, curves = {}, {}, {}
+    results["base"], records["base"] = examine(base, tokenizer, test, config)
+    results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
+    sampled, _ = evaluate(base, tokenizer, test, max_tokens=config.max_tokens, samples=2 if quick else 12, temperature=1.0)
+    results["base"]["sampled_reflection_rate"] = sampled["reflection_rate"]
+    results["base"]["sampled_rollouts"] = len(test) * (2 if quick else 12)
+    for method in ("grpo", "thinktuning"):
+        started = time.perf_counter()
+        student, curves[method] = train_one(base, tokenizer, replace(config, method=method), out / method)
+        seconds[method] = time.perf_counter() - started
+        student.save(out / method / "model", tokenizer)
+        results[method], records[method] = examine(student, tokenizer, test, config)
+    seconds["total"] = time.perf_counter() - began
+    for name in results:
+        results[name]["seconds"] = seconds.get(name, seconds["pretrain"])
+    write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"]})
+    print("\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records))
+    print(f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
+          f"models, metrics and transcripts are in {out}/")
+
+
+def train_one(base, tokenizer, config, path=None, wrap=None, label=""):
+    """Train a copy of `base` by `config.method`; returns it and the metrics of every step. The base is the teacher."""
+    student = copy.deepcopy(base).requires_grad_(True)
+    teacher = make_teacher(base, tokenizer, config) if config.method == "thinktuning" else None
+    if teacher and wrap:
+        teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
+    run = Run(path, {"model": "the demonstration's base", **vars(config)}, label or config.method) if path else None
+    history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run)
+    if run:
+        run.close()
+    if len(history) < config.steps:
+        raise KeyboardInterrupt
+    return student, history
+
+
+# The base model.
+
+def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, dict[str, float]]:
+    """The base model for a recipe, from the cache if everything that made it is unchanged; and the seconds it took."""
+    sources = [inspect.getsource(x) for x in (wordproblems, pretrain, rows_of_step, response_loss, model_module.LM,
+                                              model_module.Block, model_module.Attention)]
+    key = hashlib.sha256(json.dumps([recipe, sources, torch.__version__, sorted(tokenizer._files.items(), key=str)[0][1].decode()]).encode())
+    path = cache / f"base-{key.hexdigest()[:12]}"
+    print("The base model reads, about training problems only:", *(f"  - {line.format(**recipe)}" for line in READS), sep="\n")
+    if path.exists():
+        print(f"cached in {path}")
+        return LM.load(path), {"pretrain": 0.0}
+    began = time.perf_counter()
+    base = pretrain(recipe, tokenizer)
+    scores = gate(base, tokenizer)
+    print(f"validation: {scores['student']:.2f} right as student, {scores['teacher']:.2f} under the teacher prompt")
+    if scores["teacher"] < GATE and not quick:
+        raise RunFailed(f"the base model solves {scores['teacher']:.0%} of validation problems under the teacher prompt; "
+                        f"{GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
+    base.save(path, tokenizer)
+    return base, {"pretrain": time.perf_counter() - began}
+
+
+def pretrain(recipe: dict, tokenizer) -> LM:
+    torch.manual_seed(recipe["seed"])
+    rng = random.Random(recipe["seed"])
+    heads = recipe["n_heads"]
+    # Embeddings of standard deviation 1 (torch's default) and wide heads are what makes copying numbers emerge in time.
+    model = LM(ModelConfig(tokenizer.vocab_size, recipe["dim"], recipe["n_layers"], heads, heads, recipe["dim"] // heads,
+                           recipe["ffn_dim"], max_seq_len=320))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    steps, began = recipe["steps"], time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe["learning_rate"] * min(1, (step + 1) / recipe["warmup"], (steps - step) / (recipe["decay"] * steps))
+        loss = response_loss(model, rows_of_step(recipe, step, rng, tokenizer))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
+        progress(f"pretraining  step {step + 1:>4}/{steps}  loss {loss:.3f}  {left // 60:.0f}:{left % 60:02.0f} left",
+                 last=step + 1 == steps, plain=(step + 1) % max(1, steps // 6) == 0)
+    return model
+
+
+def rows_of_step(recipe, step, rng, tokenizer):
+    """One step's texts as (prompt ids, response ids, weight of a token)."""
+    def story(operations=None):
+        return wordproblems.make_story(rng, operations or wordproblems.draw_operations(rng), "train")
+
+    longest = min(6, 2 + 10 * step // recipe["steps"])  # ledgers of one fixed length would be solved by position
+    rows = [(wordproblems.student_row(rng, story(), recipe["floor"]), recipe["student_weight"]) for _ in range(recipe["student_rows"])]
+    rows += [(wordproblems.teacher_row(rng, story()), 1.0) for _ in range(recipe["teacher_rows"])]
+    rows += [(wordproblems.transcript_row(rng, story()), 1.0) for _ in range(recipe["transcript_rows"])]
+    rows += [(wordproblems.ledger_row(rng, story(rng.randint(1, longest))), 1.0) for _ in range(recipe["ledger_rows"])]
+    end = [tokenizer.special["<|end|>"]]
+    return [(tokenizer.render(messages, role), tokenizer.encode(text) + end, weight) for (messages, role, text), weight in rows]
+
+
+def response_loss(model, rows) -> float:
+    """Weighted mean cross-entropy of the response tokens; leaves the gradient in the model. Two halves by length save padding."""
+    rows = sorted(rows, key=lambda r: len(r[0]) + len(r[1]))
+    total = sum(len(response) * weight for _, response, weight in rows)
+    result = 0.0
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        width = max(len(p) + len(r) for p, r, _ in half)
+        tokens, weights = torch.zeros(len(half), width, dtype=torch.int64), torch.zeros(len(half), width)
+        for i, (prompt, response, weight) in enumerate(half):
+            tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            weights[i, len(prompt) : len(prompt) + len(response)] = weight
+        where = weights[:, 1:] > 0
+        logits = model.head(model.hidden(tokens[:, :-1])[where])
+        loss = (F.cross_entropy(logits, tokens[:, 1:][where], reduction="none") * weights[:, 1:][where]).sum() / total
+        loss.backward()
+        result += loss.item()
+    return result
+
+
+def gate(base, tokenizer, count=200) -> dict[str, float]:
+    """How often the base model is right on validation problems as the student and, reading that attempt, as the teacher."""
+    config = Config(**DEMO)
+    problems = load_problems("wordproblems", "validation")[:count]
+    scores, records = evaluate(base, tokenizer, problems, max_tokens=config.max_tokens)
+    return {"student": scores["accuracy"], "teacher": teacher_prompt_scores(base, tokenizer, problems, records, config)["teacher_prompt_accuracy"]}
+
+
+# What is shown.
+
+def examine(student, tokenizer, problems, config):
+    """Greedy scores on the test problems, also by number of operations, and the records behind them."""
+    scores, records = evaluate(student, tokenizer, problems, max_tokens=config.max_tokens)
+    for n in sorted({operations(p) for p in problems}):
+        part = score([r for r in records if operations(r[0]) == n])
+        scores[f"accuracy_{n}_operations"], scores[f"reflection_{n}_operations"] = part["accuracy"], part["reflection_rate"]
+    return scores, records
+
+
+def operations(problem) -> int:
+    return problem.question.count(" On ")
+
+
+def teacher_prompt_scores(base, tokenizer, problems, records, config) -> dict[str, float]:
+    """The reference: the same weights under the teacher prompt, reading the base's own attempts."""
+    replies = make_teacher(base, tokenizer, config).feedback([p.question for p in problems], [text for _, text, _ in records])
+    accuracy, se = mean_and_se([float(f is not None and is_correct(f.phrase, p.answer)) for f, p in zip(replies, problems)])
+    return {"teacher_prompt_accuracy": accuracy, "teacher_prompt_accuracy_se": se}
+
+
+def table(results, count) -> str:
+    names = ("base", "grpo", "thinktuning")
+    lines = [f"{count} held-out problems, greedy, no teacher", f"{'':<34}" + "".join(f"{n:>16}" for n in names)]
+
+    def row(title, cell):
+        lines.append(f"{title:<34}" + "".join(f"{cell(results[n]):>16}" for n in names))
+
+    row("accuracy ± standard error", lambda r: f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}")
+    row("accuracy of the first answer", lambda r: f"{r['first_answer_accuracy']:.3f}")
+    row("wrong → right, right → wrong", lambda r: f"{r['wrong_to_right']}, {r['right_to_wrong']}")
+    row("reflects", lambda r: f"{r['reflection_rate']:.3f}")
+    row("  when the first answer is wrong", lambda r: f"{r['reflection_rate_first_wrong']:.3f}")
+    row("  when the first answer is right", lambda r: f"{r['reflection_rate_first_right']:.3f}")
+    for n in wordproblems.DIFFICULTY:
+        row(f"  {n} operation{'s' * (n > 1)}: accuracy, reflects",
+            lambda r: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
+    row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
+    for name in wordproblems.WORDING:
+        row(f"  {name}", lambda r: str(r["behaviours"].get(name, 0)))
+    base = results["base"]
+    lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} ± {base['teacher_prompt_accuracy_se']:.3f}")
+    lines.append(f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
+                 f"{base['sampled_rollouts']:,} rollouts reflect")
+    return "\n".join(lines)
+
+
+def chart(curves, height=10) -> str:
+    """Sampled reflection rate by step as text: T ThinkTuning, g GRPO, | the step at which the teacher went off."""
+    steps = len(curves["thinktuning"])
+    off = next((m["step"] for m in curves["thinktuning"] if m["fraction"] == 0), steps)
+    grid = [[" "] * steps for _ in range(height + 1)]
+    for line in grid:
+        if off < steps:
+            line[off] = "|"
+    for name, mark in (("grpo", "g"), ("thinktuning", "T")):
+        for m in curves[name]:
+            grid[height - round(m["reflection_rate"] * height)][m["step"]] = mark
+    lines = [f"{(height - i) / height:>5.0%} {''.join(line)}" for i, line in enumerate(grid)]
+    return "\n".join([f"share of sampled rollouts that reflect, by step (T ThinkTuning, g GRPO; | teacher off at step {off})", *lines,
+                      f"      0{str(steps):>{steps - 1}}"])
+
+
+def same_question(records) -> str:
+    """One test question that ThinkTuning gets right after a wrong first answer, as all three answer it."""
+    def telling(i):
+        problem, text, _ = records["thinktuning"][i]
+        found = answers(text)
+        return len(found) > 1 and is_correct(text, problem.answer) and not is_correct(f"\\boxed{{{found[0]}}}", problem.answer)
+
+    chosen = next(filter(telling, range(len(records["base"]))), 0)
+    problem = records["base"][chosen][0]
+    parts = [f"{problem.question}  (answer: {problem.answer})"]
+    for name, record in records.items():
+        first, _, reflection = record[chosen][1].partition("\n\n")
+        parts.append(f"{name:>12}: {first}")
+        for line in filter(None, reflection.split("\n\n")):
+            parts.append(f"{'':>12}  " + (f"\x1b[33m{line}\x1b[0m" if sys.stdout.isatty() else f"| {line}"))
+    return "\n".join(parts)
+
+
+def write_json(path: Path, content) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+# Ablations: the same base, budget and problems, one thing changed.
+
+def shuffled(feedback, rng):
+    """Every feedback goes to another question: the words stay, the sense goes."""
+    def ask(questions, responses):
+        replies = feedback(questions, responses)
+        return replies[1:] + replies[:1]
+    return ask
+
+
+def corrupted(share):
+    """A teacher whose final answer is replaced by a wrong number in `share` of its derivations."""
+    def wrap(feedback, rng):
+        def spoil(f):
+            found = answers(f.phrase) if f else []
+            if not found or rng.random() >= share:
+                return f
+            wrong = rng.choice([n for n in range(1, wordproblems.MOST + 1) if str(n) != found[-1]])
+            start, _, end = f.phrase.rpartition(f"\\boxed{{{found[-1]}}}")
+            return Feedback(f.opinion, f.reason, f"{start}\\boxed{{{wrong}}}{end}")
+        return lambda questions, responses: [spoil(f) for f in feedback(questions, responses)]
+    return wrap
+
+
+STRESS = dict(epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20)
+VARIANTS = {  # name: (what changes in the configuration, what happens to the teacher)
+    "all": {
+        "ThinkTuning": ({}, None),
+        "no AAS: ordinary ratio": ({"shaping": "ratio"}, None),
+        "γ constant, as published": ({"published": "gamma"}, None),
+        "whole trajectory guided": ({"guided_tokens": "trajectory"}, None),
+        "teacher for the whole run": ({"schedule": "constant"}, None),
+        "feedback shuffled": ({}, shuffled),
+        "GRPO": ({"method": "grpo"}, None),
+        "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
+    },
+    "stress": {
+        "AAS": (STRESS, corrupted(0.5)),
+        "ordinary ratio, clipped": (STRESS | {"shaping": "ratio"}, corrupted(0.5)),
+        "plain -A log p": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
+        "γ constant, unguarded": (STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0}, corrupted(0.5)),
+    },
+    "rates": {f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)
+              for method in ("grpo", "thinktuning") for rate in (3e-5, 1e-4, 3e-4, 1e-3)},
+}
+
+
+def ablate(base, tokenizer, config, which, repeats, out):
+    """Train every variant `repeats` times; prints and writes mean accuracy and reflection with standard errors over repeats."""
+    split = "validation" if which == "rates" else "test"  # rates are tuned, so never on the test problems
+    problems = load_problems("wordproblems", split)
+    rows = {}
+    for name, (changes, wrap) in VARIANTS[which].items():
+        outcomes = []
+        for repeat in range(repeats):
+            changed = replace(config, **{**changes, "seed": config.seed + 1000 * repeat})
+            if config.steps < DEMO["steps"]:
+                changed = replace(changed, steps=config.steps)  # --quick
+            student, _ = train_one(base, tokenizer, changed, wrap=wrap)
+            outcomes.append(examine(student, tokenizer, problems, config)[0])
+            progress(f"{name}: {repeat + 1} of {repeats} done, accuracy {outcomes[-1]['accuracy']:.3f}", last=repeat + 1 == repeats)
+        rows[name] = outcomes
+        write_json(out / f"ablate-{which}.json", rows)
+    print(f"\n{which}: {len(problems)} {split} problems, {repeats} training seeds; mean ± standard error over seeds")
+    for name, outcomes in rows.items():
+        cells = [mean_and_se([o[key] for o in outcomes]) for key in ("accuracy", "reflection_rate")]
+        print(f"{name:<30} accuracy {cells[0][0]:.3f} ± {cells[0][1]:.3f}   reflects {cells[1][0]:.3f} ± {cells[1][1]:.3f}")

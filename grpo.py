@@ -1,0 +1,214 @@
+"""Group-relative policy optimisation with Advantage-Aware Shaping: from rewarded rollouts to one optimiser step.
+
+Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time, Â the advantage,
+ρ = π_θ/π_old, w the shaped weight of guided tokens, γ(Â) its coefficient, sg(·) stop-gradient.
+Nothing here knows of teachers beyond a per-token `guided` mask.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Rollout:
+    prompt: list[int]
+    response: list[int]
+    finished: bool  # exactly one stop token, at the end
+    guided_from: int | None = None  # index in response where the teacher's words begin; None: nobody helped
+    reward: float = 0.0
+    advantage: float = 0.0
+    question: str = ""
+    answer: str = ""
+    text: str = ""  # the response without its stop token
+    old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old a token; None: to be computed
+
+
+def group_advantages(rewards):
+    """Z-score rewards inside each question's group: (Q, G) -> (Q, G). METHOD step 7.
+
+    A group whose rewards are all equal gets zeros: it carries no signal.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if rewards.shape[1] == 1:
+        return centred  # a group of one has no spread to measure
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
+
+
+def shaping_coefficient(advantages, gamma_min=0.001, gamma_max=-0.001, a_min=-4.0, a_max=4.0, published=False):
+    """γ(Â) of Advantage-Aware Shaping, any shape: γ_min for the best advantage, γ_max for the worst."""
+    gamma = gamma_min + (gamma_max - gamma_min) * (a_max - advantages) / (a_max - a_min)
+    if published:  # the published bounds are the wrong way round, so clamp returns γ_max everywhere
+        return torch.clamp(gamma, gamma_min, gamma_max)
+    return torch.clamp(gamma, min(gamma_min, gamma_max), max(gamma_min, gamma_max))
+
+
+def shaped_ratio(logprobs, advantages, guards=True, **shaping):
+    """w = π_θ / (sg(π_θ) + γ(Â)): (B, T) -> (B, T), differentiable; ∇w = π/(π+γ)·∇log π.
+
+    Guards: (a) a denominator below 0 becomes 1.0001·sg(π), (b) one above 1 becomes 0.9999·sg(π).
+    """
+    pi = logprobs.detach().exp()  # sg(π_θ)
+    denominator = pi + shaping_coefficient(advantages, **shaping)
+    scale = pi / denominator
+    if guards:
+        scale = torch.where(denominator > 1, 1 / 0.9999, scale)  # (b)
+        scale = torch.where(denominator <= 0, 1 / 1.0001, scale)  # (a); 0 itself would divide by zero
+    return (logprobs - logprobs.detach()).exp() * scale  # the first factor is 1 and carries ∇log π, even where π underflows
+
+
+def clipped_loss(ratio, advantages, clip=0.2, dual_clip: float | None = 3.0):
+    """PPO's pessimistic bound with a dual clip for Â < 0, a token: (B, T), and the masks of where each one binds."""
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
+    dual_bound = torch.zeros_like(loss, dtype=torch.bool)
+    if dual_clip is not None:
+        dual_bound = (advantages < 0) & (loss > -advantages * dual_clip)
+        loss = torch.where(dual_bound, -advantages * dual_clip, loss)  # if Â < 0: ℓ = min(ℓ, −Â·c)
+    return loss, clipped > plain, dual_bound
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=0.2, dual_clip=3.0, unlikely=0.01,
+                shaping="aas", guards=True, published_dual_clip=False, kl_coef=0.0, ref_logprobs=None, **coefficients):
+    """Mean loss over the tokens in `mask` and its metrics. METHOD section 3.
+
+    logprobs, old_logprobs, mask, guided: (B, T); advantages: (B, T) or (B, 1). Guided tokens are weighed by
+    `shaping`: "aas" (w), "ratio" (none of it: PPO-clip like every token) or "likelihood" (−Â·log π).
+    `coefficients` go to shaping_coefficient; `published_dual_clip` leaves the dual clip out where nothing is guided.
+    `kl_coef` adds the k3 estimate of KL(π_θ ‖ π_ref). Raises ValueError where the shapes do not fit.
+    """
+    if not logprobs.shape == old_logprobs.shape == mask.shape or advantages.shape[0] != logprobs.shape[0]:
+        raise ValueError(f"policy_loss: logprobs {tuple(logprobs.shape)}, old_logprobs {tuple(old_logprobs.shape)}, "
+                         f"mask {tuple(mask.shape)} and advantages {tuple(advantages.shape)} do not fit together")
+    mask = mask.bool()
+    guided = torch.zeros_like(mask) if guided is None else guided.bool() & mask
+    advantages = advantages.to(logprobs.dtype).expand_as(logprobs)
+    # Padding may hold anything, also NaN; 0 keeps it out of both the loss and its gradient.
+    logprobs, old_logprobs = logprobs.masked_fill(~mask, 0.0), old_logprobs.masked_fill(~mask, 0.0)
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is far beyond every clip and far from overflow
+
+    no_dual_clip = published_dual_clip and not guided.any()
+    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, clip, None if no_dual_clip else dual_clip)
+    pi = logprobs.detach().exp()
+    shaped = guided & ~((advantages < 0) & (pi < unlikely)) if shaping != "ratio" else torch.zeros_like(mask)  # guard (c)
+    weight = shaped_ratio(logprobs, advantages, guards, **coefficients)  # w
+    if shaping == "aas":
+        loss = torch.where(shaped, -advantages * weight, loss)  # ℓ = −Â·w, unclipped
+    elif shaping == "likelihood":
+        loss = torch.where(shaped, -advantages * logprobs, loss)
+    if kl_coef:
+        log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        loss = loss + kl_coef * (log_r.exp() - 1 - log_r)  # k3
+
+    def mean(x, where=mask):
+        return (x.detach() * where).sum().item() / max(1, int(where.sum()))
+
+    ordinary = mask & ~shaped
+    metrics = {
+        "kl_old": mean(ratio.detach() - 1 - log_ratio.detach()),  # k3 estimate of KL(π_old ‖ π_θ)
+        "clip_fraction": mean(clipped & ordinary), "dual_clip_fraction": mean(dual_clipped & ordinary),
+        "guided_share": mean(guided), "shaped_share": mean(shaped),
+        "w_guided": mean(weight, guided), "pi_guided": mean(pi, guided),
+    }
+    total = (loss * mask).sum() / mask.sum().clamp(min=1)
+    return total, {"loss": total.item(), **metrics}
+
+
+def token_logprobs(model, tokens, where=None, entropy=False):
+    """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32.
+
+    With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
+    returns each position's entropy (B, T-1), without gradient.
+    """
+    states, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
+    where = torch.ones_like(targets, dtype=torch.bool) if where is None else where
+    log_p = model.head(states[where]).float().log_softmax(-1)  # (N, V)
+    chosen = log_p.gather(-1, targets[where][:, None]).squeeze(-1)
+    logprobs = torch.zeros(targets.shape, device=tokens.device).masked_scatter(where, chosen)
+    if not entropy:
+        return logprobs
+    spread = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+    return logprobs, torch.zeros_like(logprobs).masked_scatter(where, spread)
+
+
+def collate(rollouts, guided_tokens="guidance", device="cpu"):
+    """Pad rollouts to one batch: tokens (B, T), and (B, T-1) mask, guided, old_logprobs, and advantages (B, 1)."""
+    width = max(len(r.prompt) + len(r.response) for r in rollouts)
+    tokens = torch.zeros(len(rollouts), width, dtype=torch.int64)
+    mask = torch.zeros(len(rollouts), width - 1, dtype=torch.bool)
+    guided, old = torch.zeros_like(mask), torch.zeros(mask.shape)
+    for i, r in enumerate(rollouts):
+        start, end = len(r.prompt) - 1, len(r.prompt) + len(r.response) - 1  # position t predicts token t+1
+        tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
+        mask[i, start:end] = True
+        if r.guided_from is not None:
+            guided[i, start + (r.guided_from if guided_tokens == "guidance" else 0) : end] = True
+        if r.old_logprobs is not None:
+            old[i, start:end] = torch.tensor(r.old_logprobs)
+    advantages = torch.tensor([[r.advantage] for r in rollouts])
+    return [x.to(device) for x in (tokens, mask, guided, old, advantages)]
+
+
+def micro_batches(rollouts, size):
+    """Rollouts sorted by length in batches of at most `size` tokens, padding counted (at least one rollout each)."""
+    batch = []
+    for r in sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response)):  # the newest is always the longest
+        if batch and (len(batch) + 1) * (len(r.prompt) + len(r.response)) > size:
+            yield batch
+            batch = []
+        batch.append(r)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def snapshot(model, rollouts, micro_batch=16384):
+    """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
+    for batch in micro_batches([r for r in rollouts if r.old_logprobs is None], micro_batch):
+        tokens, mask, *_ = collate(batch, device=model.device)
+        logprobs = token_logprobs(model, tokens, mask)
+        for r, row, m in zip(batch, logprobs, mask):
+            r.old_logprobs = row[m].tolist()
+
+
+def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guidance", max_grad_norm=1.0,
+           reference=None, **loss_options):
+    """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
+
+    The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
+    a KL term they are not computed, but their tokens count in the mean. A gradient that is not finite is not applied;
+    metrics["skipped"] is then 1.
+    """
+    snapshot(model, rollouts, micro_batch)
+    total = sum(len(r.response) for r in rollouts)
+    active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
+    metrics = {"skipped": 0.0, "active_share": sum(len(r.response) for r in active) / max(1, total)}
+    sums, counts = Counter(), Counter()
+    optimizer.zero_grad(set_to_none=True)
+    for batch in micro_batches(active, micro_batch):
+        tokens, mask, guided, old, advantages = collate(batch, guided_tokens, model.device)
+        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True)
+        if reference is not None:
+            with torch.no_grad():
+                loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask)
+        loss, means = policy_loss(logprobs, old, advantages, mask, guided, **loss_options)
+        n, n_guided = int(mask.sum()), int(guided.sum())
+        (loss * (n / total)).backward()
+        means["entropy"] = entropy.sum().item() / n
+        for key, value in means.items():
+            tokens_meant = n_guided if key in ("w_guided", "pi_guided") else n
+            sums[key] += value * tokens_meant
+            counts[key] += total if key == "loss" and not counts[key] else 0 if key == "loss" else tokens_meant
+    metrics |= {key: sums[key] / max(1, counts[key]) for key in sums}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    metrics["grad_norm"] = norm.item()
+    if not torch.isfinite(norm):
+        metrics["skipped"] = 1.0
+    elif active:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics

@@ -1,0 +1,450 @@
+"""The decoder language model, its KV cache, the sampler, and weights in and out.
+
+One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
+SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
+
+Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E head width, S cached positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # as in config.json; only Llama 3's frequency scaling exists here
+    max_seq_len: int = 2048
+    tie_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+
+
+class LM(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            nn.init.normal_(self.embed.weight, std=config.dim**-0.5)
+            self.head.weight = self.embed.weight
+        # No buffer: model.to(bfloat16) must not round the frequencies.
+        self.inv_freq = rope_frequencies(config)
+        self.source: dict | None = None  # config.json it was loaded from, written back by save
+
+    def forward(self, tokens, cache=None):
+        """(B, T) int64 -> logits (B, T, vocab_size). With a cache, row b's tokens stand at cache.lengths[b] onwards."""
+        return self.head(self.hidden(tokens, cache))
+
+    def hidden(self, tokens, cache=None):
+        """The states before the output head: (B, T) -> (B, T, D)."""
+        B, T = tokens.shape
+        x = self.embed(tokens)
+        if cache is None:
+            positions, mask = torch.arange(T, device=tokens.device)[None], None  # (1, T)
+        else:
+            positions, mask = cache.reserve(B, T)
+        self.inv_freq = self.inv_freq.to(x.device)
+        angles = positions[..., None] * self.inv_freq  # (B, T, E/2)
+        rope = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache and cache.writer(i, positions))
+        return self.norm(x)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32) -> "LM":
+        """Read a Hugging Face-style directory: config.json + model.safetensors.
+
+        Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
+        """
+        config, source = read_config(Path(path) / "config.json")
+        with torch.device("meta"):  # no random initialisation, no second copy
+            model = cls(config).to(dtype)
+        model.to_empty(device=device)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight  # to_empty gave each its own storage
+        read_weights(model, Path(path) / "model.safetensors")
+        model.source = source
+        return model
+
+    def save(self, path, tokenizer=None) -> None:
+        """Write the directory `load` reads, tokenizer included; a crash or a full disk leaves an older one whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
+        try:
+            dtype = str(self.embed.weight.dtype).removeprefix("torch.")
+            written = {**(self.source or config_to_json(self.config)), "torch_dtype": dtype}
+            (temporary / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+            tensors = {name: view.detach().cpu().contiguous() for name, view in self.disk_tensors()}
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            temporary.chmod(0o755)
+            replace_directory(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: the weights could not be written ({error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def disk_tensors(self):
+        """Yield (the ecosystem's name, a view of the parameter): fused projections are split by row."""
+        c = self.config
+        qkv_sizes = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
+        yield "model.embed_tokens.weight", self.embed.weight
+        for i, layer in enumerate(self.layers):
+            prefix = f"model.layers.{i}."
+            for kind, fused in layer.attention.qkv.named_parameters():  # weight, and bias if there is one
+                for name, view in zip("qkv", fused.split(qkv_sizes)):
+                    yield f"{prefix}self_attn.{name}_proj.{kind}", view
+            yield prefix + "self_attn.o_proj.weight", layer.attention.out.weight
+            if c.qk_norm:
+                yield prefix + "self_attn.q_norm.weight", layer.attention.q_norm.weight
+                yield prefix + "self_attn.k_norm.weight", layer.attention.k_norm.weight
+            for name, view in zip(("gate", "up"), layer.gate_up.weight.split(c.ffn_dim)):
+                yield f"{prefix}mlp.{name}_proj.weight", view
+            yield prefix + "mlp.down_proj.weight", layer.down.weight
+            yield prefix + "input_layernorm.weight", layer.attention_norm.weight
+            yield prefix + "post_attention_layernorm.weight", layer.ffn_norm.weight
+        yield "model.norm.weight", self.norm.weight
+        if not c.tie_embeddings:
+            yield "lm_head.weight", self.head.weight
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x, rope, mask, write):
+        x = x + self.attention(self.attention_norm(x), rope, mask, write)
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        self.qkv = nn.Linear(c.dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x, rope, mask, write):
+        c = self.config
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
+        q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if write is not None:
+            k, v = write(k, v)  # (B, K, S, E): everything the row has seen
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate(x, rope):
+    """Turn each pair (x[e], x[e + E/2]) by its position's angle: the half-split layout of the published weights."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope_frequencies(config: ModelConfig):
+    """Rotary angles per position: (E/2,) float32, with Llama 3's scaling of the slow ones where asked."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    freq = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return freq
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns in the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, divided by the factor
+    return freq * (keep + (1 - keep) / s["factor"])
+
+
+class KVCache:
+    """Keys and values of up to `rows` rows and `max_len` positions, allocated once.
+
+    Row b holds `lengths[b]` valid positions; what lies behind them is masked and overwritten, so a right-padded
+    prompt is written whole and `lengths` then set back to its true length.
+    """
+
+    def __init__(self, model: LM, rows: int, max_len: int):
+        c = model.config
+        weight = model.embed.weight
+        shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.longest = 0  # no row is longer: known here without asking the device
+
+    def reserve(self, B, T):
+        """Claim T positions in each of the first B rows: their positions (B, T) and the mask (B, 1, T, S)."""
+        if self.longest + T > self.k.shape[3]:
+            raise ValueError(f"the KV cache holds {self.k.shape[3]} positions, {self.longest + T} are needed")
+        positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
+        empty = self.longest == 0
+        self.lengths[:B] += T
+        self.longest += T
+        if empty:
+            return positions, None  # plain causal attention
+        visible = torch.arange(self.longest, device=positions.device) <= positions[..., None]  # (B, T, S)
+        return positions, visible[:, None]
+
+    def writer(self, layer, positions):
+        """A function that stores this layer's new k, v (B, K, T, E) and returns all of them (B, K, S, E)."""
+        B = positions.shape[0]
+        rows = torch.arange(B, device=positions.device)[:, None]
+
+        def write(k, v):
+            both = []
+            for store, new in ((self.k[layer], k), (self.v[layer], v)):
+                store[rows, :, positions] = new.transpose(1, 2)
+                both.append(store[:B, :, : self.longest])
+            return both
+
+        return write
+
+    def set_lengths(self, lengths):
+        """Cut rows back to their true lengths (a list of int, one a row)."""
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+        self.longest = max(lengths)
+
+    def copy_from(self, other: "KVCache", samples: int = 1):
+        """Fill the rows with `samples` copies of each of the other's."""
+        n = other.longest
+        self.k[..., :n, :] = other.k[..., :n, :].repeat_interleave(samples, dim=1)
+        self.v[..., :n, :] = other.v[..., :n, :].repeat_interleave(samples, dim=1)
+        self.lengths = other.lengths.repeat_interleave(samples)
+        self.longest = n
+
+    def drop(self, done):
+        """Forget the rows marked in `done` (B,) bool; returns the old index of each row kept.
+
+        The last rows move into the gaps, so a finished row costs one row's copy and the others stay in place.
+        """
+        order = torch.arange(len(done), device=done.device)
+        kept = int((~done).sum())
+        gaps = order[:kept][done[:kept]]
+        movers = order[kept:][~done[kept:]]
+        self.k[:, gaps] = self.k[:, movers]
+        self.v[:, gaps] = self.v[:, movers]
+        order[gaps] = movers
+        order = order[:kept]
+        self.lengths = self.lengths[order]
+        return order
+
+
+@torch.no_grad()
+def prefill(model: LM, prompts, prefix: KVCache | None = None):
+    """Run right-padded prompts through the model once: (their cache, logits after each prompt (Q, vocab))."""
+    lengths = [len(p) for p in prompts]
+    start = prefix.longest if prefix else 0
+    cache = KVCache(model, len(prompts), start + max(lengths))
+    if prefix:
+        cache.copy_from(prefix, len(prompts))
+    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    states = model.hidden(padded.to(model.device), cache)
+    cache.set_lengths([start + n for n in lengths])
+    last = torch.tensor(lengths, device=model.device) - 1
+    return cache, model.head(states[torch.arange(len(prompts), device=model.device), last])
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, top_p=1.0, generator=None,
+             prefix=None, logprobs=False, on_step=None):
+    """Sample `samples` responses to each prompt: len(prompts) * samples lists of ids, question-major.
+
+    A finished response ends with its stop token; one without was cut at max_tokens. temperature 0 is greedy.
+    `prefix` is a one-row cache of tokens that stand before every prompt. With logprobs=True also returns the
+    model's own log-probabilities (temperature 1, no top-p) of the sampled tokens. `on_step(rows, tokens)` sees
+    every step. Raises ValueError on an empty prompt or one that does not fit the context with max_tokens.
+    """
+    if not prompts:
+        return ([], []) if logprobs else []
+    room = model.config.max_seq_len - max_tokens - (prefix.longest if prefix else 0)
+    if not all(0 < len(p) <= room for p in prompts):
+        raise ValueError(f"prompts must have 1 to {room} tokens: the context is {model.config.max_seq_len}, "
+                         f"of which {max_tokens} are for the response")
+    n = len(prompts) * samples
+    # Each response has its own stream of random numbers, so it does not depend on when its neighbours finish.
+    uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator and generator.device)  # (0, 1]
+    uniform = uniform.to(model.device)
+    stop_ids = torch.tensor(sorted(stop), device=model.device)
+    prompt_cache, logits = prefill(model, prompts, prefix)
+    cache = KVCache(model, n, prompt_cache.longest + max_tokens)
+    cache.copy_from(prompt_cache, samples)
+    logits = logits.repeat_interleave(samples, dim=0)  # (n, V)
+
+    tokens_out = torch.zeros(n, max_tokens, dtype=torch.int64, device=model.device)
+    logprobs_out = torch.zeros(n, max_tokens, device=model.device)
+    lengths = torch.full((n,), max_tokens, device=model.device)
+    rows = torch.arange(n, device=model.device)  # the response each cache row is writing
+    for t in range(max_tokens):
+        tokens, logp = sample(logits, uniform[rows, t], temperature, top_p)
+        tokens_out[rows, t], logprobs_out[rows, t] = tokens, logp
+        if on_step:
+            on_step(rows, tokens)
+        done = torch.isin(tokens, stop_ids)
+        if done.any():
+            lengths[rows[done]] = t + 1
+            order = cache.drop(done)
+            rows, tokens = rows[order], tokens[order]
+        if len(rows) == 0 or t + 1 == max_tokens:
+            break
+        logits = model(tokens[:, None], cache)[:, -1]
+    responses = [row[:n] for row, n in zip(tokens_out.tolist(), lengths.tolist())]
+    if logprobs:
+        return responses, [row[:n] for row, n in zip(logprobs_out.tolist(), lengths.tolist())]
+    return responses
+
+
+def sample(logits, uniform, temperature, top_p):
+    """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
+    logprobs = logits.float().log_softmax(-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        probs = (logprobs / temperature).softmax(-1)
+        if top_p < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            beyond = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p stays
+            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        cdf = probs.cumsum(-1)
+        # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: a model directory has config.json and model.safetensors") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where the model came from") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def read_config(path: Path) -> tuple[ModelConfig, dict]:
+    """A Hugging Face config.json, in its older or its transformers-5 spelling, refused where it asks for more than LM does."""
+    raw = read_json(path)
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    for key in ("quantization_config", "use_sliding_window", "attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+    try:
+        heads = raw["num_attention_heads"]
+        config = ModelConfig(
+            vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
+            n_kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            ffn_dim=raw["intermediate_size"], norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+            rope_scaling=rope if kind == "llama3" else None, max_seq_len=raw.get("max_position_embeddings", 2048),
+            tie_embeddings=raw.get("tie_word_embeddings", False), **ARCHITECTURES[architecture])
+        rope_frequencies(config)  # finds missing or malformed scaling entries here rather than in the run
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: a size has the wrong type or is zero ({error})") from None
+    return config, raw
+
+
+def config_to_json(config: ModelConfig) -> dict:
+    """The config.json of a model that was made here; LM.save adds the dtype."""
+    flags = {k: True for k in ("qkv_bias", "qk_norm") if getattr(config, k)}
+    architecture = next((name for name, needs in ARCHITECTURES.items() if needs == flags), None)
+    if architecture is None:
+        raise ValueError("no known architecture has both qkv_bias and qk_norm")
+    return {
+        "architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": config.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling, "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu",
+    }
+
+
+def read_weights(model: LM, path: Path) -> None:
+    """Copy every tensor of a safetensors file into the model, one at a time; names and shapes must match exactly."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a model directory has config.json and model.safetensors")
+    wanted = dict(model.disk_tensors())
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            if model.config.tie_embeddings:
+                present.discard("lm_head.weight")  # some exporters write the tied head out as well
+            for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
+                if names:
+                    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                    raise ValueError(f"{path} {problem} tensors for its config.json: {shown}")
+            for name, view in wanted.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(view.shape):
+                    raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(view.shape)}")
+                with torch.no_grad():
+                    view.copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
+
+
+def replace_directory(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`; at every moment one of the two is whole."""
+    if old.exists():
+        aside = Path(tempfile.mkdtemp(prefix=old.name + ".", suffix=".old", dir=old.parent))
+        os.rename(old, aside / "old")
+        os.rename(new, old)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(new, old)

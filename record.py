@@ -1,0 +1,110 @@
+"""What is recorded of a run: the metrics of a step, transcripts, the run directory, the progress line, the stop signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.reward import is_correct
+from data.scores import reflects
+from teacher import behaviour
+
+
+class Run:
+    """A run directory, written as the run goes, and its progress line."""
+
+    def __init__(self, path, config: dict, label, **about):
+        self.path, self.label, self.began = Path(path), label, time.perf_counter()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.json").write_text(json.dumps({**about, **config}, indent=2) + "\n")
+        self.metrics = open(self.path / "metrics.jsonl", "w")
+        self.transcripts = open(self.path / "transcripts.jsonl", "w")
+
+    def log(self, metrics, steps, transcripts):
+        print(json.dumps(metrics), file=self.metrics, flush=True)
+        for line in transcripts:
+            print(json.dumps(line), file=self.transcripts, flush=True)
+        done = metrics["step"] + 1
+        left = (time.perf_counter() - self.began) / done * (steps - done)
+        accuracy = metrics.get("eval_accuracy", metrics["sampled_accuracy"])
+        progress(f"{self.label:<12} step {done:>{len(str(steps))}}/{steps}  reward {metrics['reward']:.2f}  "
+                 f"accuracy {accuracy:.2f}  reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided']}  "
+                 f"{metrics['tokens_per_second']:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left",
+                 last=done == steps, plain=done % max(1, steps // 10) == 0 or done == 1)
+
+    def close(self):
+        self.metrics.close()
+        self.transcripts.close()
+
+
+def progress(line: str, last=False, plain=True):
+    """One line that rewrites itself on a terminal; elsewhere the lines marked `plain`, each on its own."""
+    if sys.stdout.isatty():
+        print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
+    elif plain or last:
+        print(line, flush=True)
+
+
+@contextmanager
+def interruptible():
+    """SIGINT and SIGTERM only set `.is_set`, so a step is finished before the run ends; a second one ends it at once."""
+    class Flag:
+        is_set = False
+
+    flag = Flag()
+    previous = {}
+
+    def on_signal(number, frame):
+        flag.is_set = True
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+
+def describe_sampled(rollouts) -> dict[str, float]:
+    """What the student does on its own, before any help."""
+    n = len(rollouts)
+    return {"reflection_rate": sum(reflects(r.text) for r in rollouts) / n,
+            "finished": sum(r.finished for r in rollouts) / n,
+            "mean_length": sum(len(r.response) for r in rollouts) / n,
+            "sampled_accuracy": sum(r.finished and is_correct(r.text, r.answer) for r in rollouts) / n}
+
+
+def describe_help(asked, rollouts) -> dict:
+    """What the teacher did: replies that parse, opinions that are right, what its words earned against the attempts alone."""
+    parsed = [(i, f, is_correct(attempt, rollouts[i].answer)) for i, f, attempt in asked if f is not None]
+    guided = [(rollouts[i], was_right) for i, _, was_right in parsed if rollouts[i].guided_from is not None]
+    return {"teacher_asked": len(asked), "teacher_parsed": len(parsed), "guided": len(guided),
+            "teacher_said_correct": sum(f.opinion == "correct" for _, f, _ in parsed),
+            "teacher_opinion_right": sum((f.opinion == "correct") == was_right for _, f, was_right in parsed),
+            "guided_reward": sum(r.reward for r, _ in guided), "guided_original_reward": sum(right for _, right in guided),
+            "behaviours": Counter(filter(None, (behaviour(f"{f.reason} {f.phrase}") for _, f, _ in parsed)))}
+
+
+def transcripts(rollouts, asked, tokenizer, step, most=3) -> list[dict]:
+    """A few of the step's rollouts as text: guided ones first, the student's part and the teacher's apart."""
+    picked = [i for i, f, _ in asked if f is not None][: most - 1]
+    picked += [i for i in range(len(rollouts)) if i not in picked][: most - len(picked)]
+    replies = {i: f for i, f, _ in asked}
+    lines = []
+    for i in picked:
+        r, f = rollouts[i], replies.get(i)
+        own = r.response if r.guided_from is None else r.response[: r.guided_from]
+        guidance = "" if r.guided_from is None else tokenizer.decode(r.response[r.guided_from :])
+        lines.append({"step": step, "question": r.question, "answer": r.answer, "student": tokenizer.decode(own),
+                      "guidance": guidance, "opinion": f and f.opinion, "reward": r.reward, "advantage": r.advantage})
+    return lines

@@ -1,0 +1,221 @@
+"""The teacher: who gets help, asking, parsing, augmenting, and the schedule that sends the teacher home.
+
+The teacher is any language model of the student's size, usually the student's own initial weights, frozen. It reads
+the question and the student's attempt, never the gold answer, and its words take their chances in the same reward.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import NamedTuple
+
+from model import LM, generate, prefill
+
+
+class Feedback(NamedTuple):
+    opinion: str  # "correct" or "incorrect"
+    reason: str
+    phrase: str
+
+
+def guidance_fraction(step: int, total_steps: int, shape="linear", initial=0.1, minimum=0.01, eps=0.05) -> float:
+    """p_s, the share of each group that is guided at `step` (from 0): METHOD section 5. 0.0 once the teacher is off.
+
+    Decays from `initial` to `minimum` over the first third; every shape only falls, so off stays off.
+    """
+    progress = min(1.0, step / (total_steps / 3))
+    if shape == "constant":
+        p = initial
+    elif shape == "linear":
+        p = initial + (minimum - initial) * progress
+    elif shape == "cosine":
+        p = minimum + (initial - minimum) * (1 + math.cos(math.pi * progress)) / 2
+    elif shape == "exp":
+        p = initial * (max(eps, minimum) / initial) ** progress if progress < 1 else minimum
+    else:
+        raise ValueError(f"unknown schedule {shape!r}: constant, linear, cosine or exp")
+    return p if p > eps + 0.01 + 1e-12 else 0.0
+
+
+def choose(finished: list[bool], group_size: int, fraction: float, rng: random.Random) -> list[int]:
+    """Of each question's n finished rollouts pick k = max(1, floor(n p)) without replacement; sorted indices."""
+    chosen = []
+    for start in range(0, len(finished) if fraction > 0 else 0, group_size):
+        eligible = [i for i in range(start, start + group_size) if finished[i]]
+        if eligible:
+            k = max(1, math.floor(len(eligible) * fraction + 1e-9))
+            chosen += rng.sample(eligible, min(k, len(eligible)))
+    return sorted(chosen)
+
+
+def parse_feedback(text: str) -> Feedback | None:
+    """The teacher's whole reply, without its end token, or None where it is anything but the three tagged parts.
+
+    Each tag must stand exactly once, so nothing a student wrote can open or close a part of the teacher's.
+    """
+    parts, rest = [], text
+    for tag in ("opinion", "reason", "phrase"):
+        if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+            return None
+        before, _, rest = rest.partition(f"<{tag}>")
+        content, closed, rest = rest.partition(f"</{tag}>")
+        if before.strip() or not closed:
+            return None
+        parts.append(content.strip())
+    if rest.strip() or parts[0] not in ("correct", "incorrect") or not parts[1] or not parts[2]:
+        return None
+    return Feedback(*parts)
+
+
+class Teacher:
+    """A frozen LM that reads (question, attempt) and answers with feedback, decoded greedily.
+
+    `style` "exemplars" puts the system message and four worked exemplars before each request; "tag" is the request
+    alone, for the tiny model, which has read the format in pretraining. The exemplars are the same for every request
+    and the weights never change, so their keys and values are computed once.
+    """
+
+    def __init__(self, model: LM, tokenizer, *, max_tokens=1024, max_prompt=3072, instruction="", published=frozenset(),
+                 style: str | None = None, behaviour: str | None = None, rows=64):
+        self.model, self.tokenizer, self.max_tokens, self.rows = model.eval().requires_grad_(False), tokenizer, max_tokens, rows
+        self.max_prompt = min(max_prompt, model.config.max_seq_len - max_tokens)
+        self.instruction, self.published = instruction, published
+        self.style = style or ("tag" if tokenizer.family == "wordproblems" else "exemplars")
+        self.prefix_ids, self.prefix = [], None
+        self.dropped = 0  # requests too long for max_prompt
+        if self.style == "exemplars":
+            self.prefix_ids = self.prompt("", "")
+            if len(self.prefix_ids) > self.max_prompt:
+                raise ValueError(f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the "
+                                 f"{self.max_prompt} its prompt may have; raise --teacher-prompt or use a longer context")
+            self.prefix, _ = prefill(model, [self.prefix_ids])
+
+    def prompt(self, question: str, response: str) -> list[int]:
+        """The one place where a teacher's prompt is made."""
+        if self.style == "tag":
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+            return self.tokenizer.render(messages, reply_as="teacher")
+        if "instruction" in self.published:  # the question ends with it already; the published prompt adds it again
+            question = f"{question} {self.instruction}"
+        messages = [{"role": "system", "content": SYSTEM}]
+        for shown_question, attempt, feedback in EXEMPLARS:
+            messages += [{"role": "user", "content": REQUEST.format(question=shown_question, response=attempt)},
+                         {"role": "assistant", "content": feedback}]
+        messages.append({"role": "user", "content": REQUEST.format(question=question, response=response)})
+        return self.tokenizer.render(messages)
+
+    def feedback(self, questions: list[str], responses: list[str]) -> list[Feedback | None]:
+        """Ask about each attempt (a response without its end token); None where no valid feedback came back."""
+        prompts = [self.prompt(q, r) for q, r in zip(questions, responses, strict=True)]
+        replies: list[Feedback | None] = [None] * len(prompts)
+        fitting = [i for i, p in enumerate(prompts) if len(p) <= self.max_prompt]
+        self.dropped += len(prompts) - len(fitting)
+        for start in range(0, len(fitting), self.rows):
+            batch = fitting[start : start + self.rows]
+            shared = min(common_prefix(self.prefix_ids, prompts[i][:-1]) for i in batch)
+            if shared:
+                self.prefix.set_lengths([shared])
+            texts = generate(self.model, [prompts[i][shared:] for i in batch], max_tokens=self.max_tokens,
+                             stop=self.tokenizer.stop, temperature=0, prefix=self.prefix if shared else None)
+            for i, ids in zip(batch, texts):
+                replies[i] = self.parse(ids)
+        return replies
+
+    def parse(self, ids: list[int]) -> Feedback | None:
+        if "reencode" in self.published:  # the published code cuts at 512 tokens before it looks for tags
+            return parse_feedback(self.tokenizer.decode([t for t in ids if t not in self.tokenizer.stop][:512]))
+        return parse_feedback(self.tokenizer.decode(ids[:-1])) if ids[-1] in self.tokenizer.stop else None
+
+    def guide(self, rollouts, group_size, fraction, rng, max_tokens):
+        """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about."""
+        chosen = choose([r.finished for r in rollouts], group_size, fraction, rng)
+        attempts = [self.tokenizer.decode(rollouts[i].response[:-1]) for i in chosen]
+        replies = self.feedback([rollouts[i].question for i in chosen], attempts) if chosen else []
+        for i, feedback in zip(chosen, replies):
+            if feedback is not None:
+                augment(rollouts[i], feedback, self.tokenizer, max_tokens, self.published)
+        return list(zip(chosen, replies, attempts))
+
+
+def augment(rollout, feedback: Feedback, tokenizer, max_tokens: int, published=frozenset()) -> bool:
+    """o_i without its end token ⊕ "\\n\\n" + reason + "\\n\\n" + phrase + end token, in place of o_i. METHOD step 5.
+
+    The student's own ids are kept. Longer than max_tokens: nothing changes and False comes back (the published code
+    cuts it off there, and with the end token goes the reward).
+    """
+    attempt, end = rollout.response[:-1], rollout.response[-1:]
+    guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
+    augmented = attempt + tokenizer.encode(guidance) + end
+    if "reencode" in published:  # ids rebuilt from text are not always the ids that were sampled
+        augmented = tokenizer.encode(tokenizer.decode(attempt) + guidance) + end
+    if len(augmented) > max_tokens:
+        if "cut" not in published:
+            return False
+        augmented = augmented[:max_tokens]
+        rollout.finished = False
+    rollout.response, rollout.guided_from, rollout.old_logprobs = augmented, min(len(attempt), len(augmented)), None
+    return True
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+CUES = {  # behaviour: words that mark it, in the exemplars below and in the built-in problems' wording
+    "self-conflict": ("Wait, that does not fit",),
+    "self-critique": ("I was too quick",),
+    "self-agreement": ("Yes, I think that is right",),
+    "self-consultation": ("would ask if I am sure",),
+}
+
+
+def behaviour(text: str) -> str | None:
+    """Which of the four reflection behaviours a text shows first, by its cue words; None if none."""
+    found = [(text.find(cue), name) for name, cues in CUES.items() for cue in cues if cue in text]
+    return min(found)[1] if found else None
+
+
+REQUEST = "Question:\n{question}\n\nResponse:\n{response}"
+
+SYSTEM = """You read a question and a response to it, and you continue the response's own train of thought. \
+You are given no answer key: judge by working it out.
+
+Reply with exactly three parts and nothing around them:
+<opinion>correct or incorrect, your judgement of the response's final answer</opinion>
+<reason>In the first person, as if you had written the response: what in it holds, or where its logic falls short.</reason>
+<phrase>Still in the first person: carry the thought on to the solution, step by step, and end with the final answer \
+in \\boxed{}.</phrase>
+
+How you look back may vary: notice a conflict with the question, agree after checking, imagine what a mentor would ask, \
+or criticise your own checking."""
+
+EXEMPLARS = [  # (question, attempt, feedback), one a behaviour: self-conflict, -agreement, -consultation, -critique
+    ("A baker fills 6 trays with 12 rolls each. She burns 9 rolls and sells the rest for $2 apiece. "
+     "How many dollars does she take in?",
+     "There are 6 * 12 = 72 rolls. At $2 apiece that is 72 * 2 = 144 dollars. The answer is \\boxed{144}.",
+     "<opinion>incorrect</opinion>\n<reason>Wait, that does not fit the question: I sold all 72 rolls, but 9 of them "
+     "were burnt and only the rest were sold.</reason>\n<phrase>Let me redo it from the number of rolls. 72 were baked "
+     "and 9 burnt, so 72 - 9 = 63 were sold. At $2 each that is 63 * 2 = 126. So the answer is \\boxed{126}.</phrase>"),
+    ("Lena reads 15 pages on each weekday and 40 pages on each day of the weekend. "
+     "How many pages does she read in two weeks?",
+     "Five weekdays give 5 * 15 = 75 pages and the weekend 2 * 40 = 80, so a week has 155 pages and two weeks have 310. "
+     "The answer is \\boxed{310}.",
+     "<opinion>correct</opinion>\n<reason>Yes, I think that is right: weekdays and weekend were counted apart, and the "
+     "week was doubled at the end.</reason>\n<phrase>Let me walk through it again. Weekdays: 5 * 15 = 75. Weekend: "
+     "2 * 40 = 80. One week: 75 + 80 = 155. Two weeks: 2 * 155 = 310. So the answer is \\boxed{310}.</phrase>"),
+    ("A tank holds 240 litres. A pump empties 18 litres a minute while a hose adds 6 litres a minute. "
+     "Starting full, after how many minutes is it empty?",
+     "The pump takes 18 litres a minute out, so it needs 240 / 18 = 13.3 minutes. The answer is \\boxed{13.3}.",
+     "<opinion>incorrect</opinion>\n<reason>A mentor reading this would ask if I am sure that the tank loses 18 litres "
+     "each minute. I am not: the hose was running all the while, and I left it out.</reason>\n<phrase>So what would I "
+     "tell them? Each minute 18 litres leave and 6 arrive, a loss of 18 - 6 = 12. From 240 litres that takes "
+     "240 / 12 = 20 minutes. So the answer is \\boxed{20}.</phrase>"),
+    ("Three friends share a bill of $84. Ola pays twice as much as Per, and Per pays the same as Siv. "
+     "How many dollars does Ola pay?",
+     "Splitting 84 by 3 gives 28, and twice that is 56. Quick check: 56 is less than 84, fine. The answer is \\boxed{56}.",
+     "<opinion>incorrect</opinion>\n<reason>I was too quick with that check: being less than 84 proves nothing. With 56 "
+     "for Ola the others pay 28 each, and 56 + 28 + 28 = 112, which is not the bill.</reason>\n<phrase>Let me slow down "
+     "and verify properly this time. Call Per's share p; then Siv pays p and Ola 2p, so 4p = 84 and p = 21. Ola pays "
+     "2 * 21 = 42, and 42 + 21 + 21 = 84 as it should. So the answer is \\boxed{42}.</phrase>"),
+]

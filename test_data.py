@@ -1,0 +1,492 @@
+"""Tests of data/: the reward, the readers of problem files, the fetch of GSM8K."""
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import Problem, gsm8k, load_problems
+from data.reward import BOX, LONGEST, answers, canonical, final_answer, is_correct
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+
+
+def boxed(answer) -> str:
+    return rf"so it is \boxed{{{answer}}}"
+
+
+# ------------------------------------------------------------------ the reward: which box
+
+
+@pytest.mark.parametrize("text, expected", [
+    (r"\boxed{42}", "42"),
+    (r"\boxed{1} no, wait: \boxed{2}.", "2"),
+    (r"$\boxed{\frac{1}{2}}$ and {more}", r"\frac{1}{2}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\{} tail}", r"\{"),
+    (r"\boxed{\}}", r"\}"),
+    (r"\boxed{a \\} b}", r"a \\"),          # an escaped backslash: the brace after it is real
+    (r"\boxed{a \\\} b}", r"a \\\} b"),
+    (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{}", ""),
+    (r"\boxed{1} then \boxed{2", None),     # cut off: the earlier box does not step in
+    (r"\boxed{\frac{1}{2}", None),
+    (r"\boxed", None),
+    (r"boxed{3}", None),
+    ("the answer is 42 #### 42", None),     # falls back on nothing
+    ("", None),
+])
+def test_final_answer(text, expected):
+    assert final_answer(text) == expected
+
+
+def test_answers_lists_closed_innermost_boxes_in_order():
+    assert answers(r"\boxed{3} Wait. \boxed{\frac{1}{2}} hmm \boxed{7") == ["3", r"\frac{1}{2}"]
+    assert answers(r"\boxed{\boxed{5}}") == ["5"]  # one answer, not two: it must not look like a second thought
+    assert answers("nothing here") == []
+
+
+def naive_last_box(text):
+    """Character by character, the last box's content."""
+    start = text.rfind(BOX)
+    if start < 0:
+        return None
+    depth, i, content = 1, start + len(BOX), ""
+    while i < len(text):
+        if text[i] == "\\" and i + 1 < len(text) and text[i + 1] in "\\{}":
+            content += text[i:i + 2]
+            i += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return content
+        content += text[i]
+        i += 1
+    return None
+
+
+@given(st.lists(st.sampled_from([BOX, "{", "}", "\\", "{}", "a", " ", "\n", "½"]), max_size=40).map("".join))
+def test_last_box_agrees_with_a_naive_scan(text):
+    assert final_answer(text) == naive_last_box(text)
+    if final_answer(text) is not None:
+        assert answers(text)[-1] == final_answer(text)
+
+
+# ------------------------------------------------------------------ the reward: equality
+
+
+@pytest.mark.parametrize("ours, reference", [
+    ("42", "42"), ("42.", "42"), (" 42 ", "42"), ("3.0", "3"), ("3.", "3"), (".5", "0.5"), ("007", "7"),
+    ("1,234", "1234"), ("1,234,567.50", "1234567.5"), ("1{,}234", "1234"), (r"10,\! 080", "10,080"),
+    ("$5", "5"), (r"\$5", "5"), ("$5$", "5"), ("$ 5.00", "5"), ("-$5", "-5"), (r"-\$5.50", "-5.5"), ("$-5$", "-5"),
+    ("-7", "-7"), ("\u22127", "-7"), ("- 7", "-7"), ("+7", "7"), ("-0", "0"),
+    ("1/2", "0.5"), ("1 / 2", "2/4"), ("-1/2", "-.5"), ("6/3", "2"), ("1,000/2", "500"),
+    (r"\frac{1}{2}", "1/2"), (r"\dfrac{1}{2}", "0.5"), (r"\tfrac12", "1/2"), (r"\frac 59", "5/9"),
+    (r"-\frac{1}{2}", "-0.5"), (r"\frac{-1}{2}", r"-\frac12"), (r"\frac{ 11 }{ 20 }", "11/20"),
+    (r"\frac{1,000}{3}", "1000/3"),
+    ("50%", "50%"), ("50 %", "50%"), (r"50\%", "50%"), (r"50.0\%", "50 %"), (r"\frac{1}{2}\%", "0.5%"),
+    (r"\text{42}", "42"), (r"\mathrm{east}", "east"), (r"\text{ (C) }", "(C)"),
+    ("New   York", "New York"), ("east.", "east"), ("p-q", "p - q"), ("3,5, 7", "3, 5, 7"),
+    (r"2\sqrt{5}", r"2 \sqrt5"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})"), (r"x\,y", "x y"), (r"52_{8}", "52_8"),
+    (r"\{1,\;2\}", r"\{1, 2\}"), ("$x$", "x"), (r"(2,\infty)", r"(2, \infty)"), (r"a \\ b", r"a\\b"),
+    ("1e400", "1e400"), ("nan", "nan"), ("1" * 900 + ".0", "1" * 900),
+])
+def test_equal(ours, reference):
+    assert is_correct(boxed(ours), reference)
+    assert is_correct(boxed(reference), ours)
+
+
+@pytest.mark.parametrize("ours, reference", [
+    ("42", "43"), ("-7", "7"), ("1", "11"), ("4", "42"), ("42 apples", "42"), ("4 2", "42"), ("x42", "42"),
+    ("12,34", "1234"), ("1,23", "123"), ("1234,567", "1234567"),
+    ("1, 234", "1234"), ("1,234", "1, 234"), (",234", "234"),
+    ("50%", "0.5"), ("50%", "50"), ("0.5", "50%"), ("5%", "50%"),
+    ("0.333", "1/3"), ("0.3333333333333333", "1/3"), ("1/0", "0"), ("0/0", "1"), (r"\frac{1}{0}", "1"),
+    ("1/2/2", "1/4"),
+    ("1e2", "100"), ("1E2", "100"), ("1e400", "inf"), ("1e999999999", "1"), ("nan", "0"), ("inf", "infinity"),
+    ("1_000", "1000"), ("0x10", "16"), ("2**3", "8"), ("2+2", "4"), ("4j", "4"), ("--7", "7"), ("", "0"),
+    ("٤٢", "42"), ("４２", "42"), ("4²", "42"), ("²", "2"), ("½", "1/2"), ("Ⅳ", "4"),
+    ("1.2.3", "1.23"), ("..5", ".5"), (r"137\frac12", "1371/2"), ("NewYork", "New York"), ("East", "east"),
+    (r"\sqrt{2}", "2"), (r"\leftarrow", "arrow"), (r"\textit", "it"), ("5$3", "53"),
+    ("1" * 5000, "1" * 4999), ("1" * 5000 + ".0", "1" * 5000),
+])
+def test_not_equal(ours, reference):
+    assert not is_correct(boxed(ours), reference)
+    assert not is_correct(boxed(reference), ours)
+
+
+def test_only_the_last_closed_box_earns():
+    assert is_correct(r"\boxed{1} no: \boxed{2}", "2")
+    assert not is_correct(r"\boxed{2} no: \boxed{1}", "2")
+    assert not is_correct(r"\boxed{2} and \boxed{2", "2")
+    assert not is_correct("2", "2")
+
+
+@pytest.mark.parametrize("reference", ["", " ", ".", "$"])
+def test_nothing_equals_an_empty_reference(reference):
+    assert not is_correct(boxed(""), reference) and not is_correct(boxed(reference), reference)
+
+
+def test_canonical_sorts_answers_into_classes():
+    votes = ["1/2", "0.5", r"\frac12", "50%", "50 %", "half", " half."]
+    assert [canonical(vote) for vote in votes] == [Fraction(1, 2)] * 3 + ["50%"] * 2 + ["half"] * 2
+    assert len({canonical(vote) for vote in votes}) == 3
+
+
+@given(st.integers(-10**15, 10**15), st.integers(0, 99))
+def test_ways_to_write_an_amount(whole, cents):
+    plain = f"{whole}.{cents:02}"
+    for written in (f"{whole:,}.{cents:02}", rf"\${plain}", f"${plain}$", f" {plain}00", f"{plain}."):
+        assert is_correct(boxed(written), plain)
+    assert not is_correct(boxed(plain), f"{whole}.{cents + 1:02}" if cents < 99 else f"{whole}.98")
+
+
+@given(st.fractions(), st.fractions())
+def test_numbers_are_equal_exactly_when_their_values_are(a, b):
+    latex = rf"\frac{{{b.numerator}}}{{{b.denominator}}}"
+    assert is_correct(boxed(latex), str(a)) == (a == b)
+    assert is_correct(boxed(latex), f"{b.numerator}/{b.denominator}")
+
+
+@given(st.text(max_size=60))
+def test_any_answer_equals_itself_and_equality_is_symmetric(answer):
+    assert isinstance(canonical(answer), (str, Fraction))
+    if final_answer(boxed(answer)) == answer:
+        assert is_correct(boxed(answer), answer) == (canonical(answer) != "")
+
+
+LATEX = [BOX, "{", "}", "\\", "$", "%", "1", ",", ".", "/", "-", " ",
+         r"\frac", r"\text{", r"\left", r"\!", "~", "²", "e9"]
+
+
+@given(st.lists(st.sampled_from(LATEX)).map("".join), st.lists(st.sampled_from(LATEX), max_size=8).map("".join))
+def test_no_input_breaks_the_reward(text, reference):
+    assert is_correct(text, reference) in (True, False)
+
+
+HUNDRED_KB = 100_000
+HOSTILE = {
+    "open": "{", "close": "}", "pairs": "{}", "turned": "}{", "boxes": BOX, "empty boxes": BOX + "}",
+    "nested boxes": BOX + BOX + "}}", "escapes": BOX + r"\}", "backslashes": "\\", "mixed": BOX + "{}}{",
+}
+
+
+@pytest.mark.parametrize("head", ["", BOX])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_100_kb_of_braces_take_under_10_ms(name, head):
+    text = (head + HOSTILE[name] * HUNDRED_KB)[:HUNDRED_KB]
+    assert fastest(lambda: (is_correct(text, "42"), is_correct(text + "}", "42"))) < 0.020  # two calls
+    assert fastest(lambda: answers(text)) < 0.010
+
+
+def test_a_box_nested_50_000_deep_closes_in_under_10_ms():
+    text = BOX + "{" * 50_000 + "}" * 50_001
+    assert len(final_answer(text)) == HUNDRED_KB
+    assert fastest(lambda: is_correct(text, "42")) < 0.010
+
+
+@pytest.mark.parametrize("piece", [*LATEX, "\t", "11", "111,", r"\frac1", "{1", "x ", r"\ ", r"\quad"])
+def test_the_longest_answer_that_is_normalised_takes_under_10_ms(piece):
+    text = boxed((piece * LONGEST)[:LONGEST - 1])
+    assert fastest(lambda: is_correct(text, "1" * LONGEST)) < 0.010
+
+
+def fastest(call, runs=10) -> float:
+    """Seconds of the best run: the others measure what else the machine was doing."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ------------------------------------------------------------------ problem files
+
+
+def write(path, *lines) -> str:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl(tmp_path):
+    path = write(tmp_path / "p.jsonl",
+                 {"question": " 1+1? ", "answer": "2"}, "", "   ",
+                 {"problem": "2+2?", "answer": " 4 ", "solution": r"\boxed{5}"},
+                 {"question": "GSM8K's", "answer": "It is <<1+1=2>>2.\n#### 9\nno\n#### 1,234"},
+                 {"question": "a\u2028b", "answer": 7}, '{"question": "c\u2028d", "answer": 2.50}\r')
+    assert load_problems(path) == [
+        ("1+1?", "2"), ("2+2?", "4"), ("GSM8K's", "1,234"), ("a\u2028b", "7"), ("c\u2028d", "2.5")]
+    assert all(isinstance(problem, Problem) for problem in load_problems(path, "whatever"))
+
+
+@pytest.mark.parametrize("value, answer", [
+    ("42", "42"), ("-3", "-3"), ("0", "0"), ("3.0", "3.0"), ("1e22", "10000000000000000000000"), ("1e-7", "0.0000001"),
+    ("1" + "0" * 400, "1" + "0" * 400),
+])
+def test_numbers_as_answers(tmp_path, value, answer):
+    path = write(tmp_path / "p.jsonl", f'{{"question": "q", "answer": {value}}}')
+    assert load_problems(path) == [("q", answer)]
+    assert is_correct(boxed(answer), load_problems(path)[0].answer)
+
+
+def test_json_is_a_list_or_one_object_a_line(tmp_path):
+    entries = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"}]
+    listed = write(tmp_path / "list.json", json.dumps(entries, indent=2))
+    lines = write(tmp_path / "lines.json", *entries)
+    assert load_problems(listed) == load_problems(lines) == [("p", "1"), ("q", "2")]
+
+
+def test_a_byte_order_mark_and_a_path_object_are_fine(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "1"}\r\n')
+    assert load_problems(path) == [("q", "1")]
+
+
+GOOD = '{"question": "q", "answer": "1"}'
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"question": "q", "answer": "1"', "not JSON"), ("{}}", "not JSON"), ("#### 42", "not JSON"),
+    ("[1, 2]", "not an object"), ('"text"', "not an object"), ("null", "not an object"),
+    ('{"answer": "1"}', 'no "question"'), ('{"question": "q"}', 'no "answer"'),
+    ('{"question": "q", "answer": null}', 'no "answer"'),
+    ('{"question": "q", "answer": ""}', '"answer" is empty'),
+    ('{"question": " ", "answer": "1"}', '"question" is empty'),
+    ('{"question": 5, "answer": "1"}', '"question" is empty or not text'),
+    ('{"question": "q", "answer": ["1"]}', '"answer" is empty or not text'),
+    ('{"question": "q", "answer": true}', '"answer" is empty or not text'),
+    ('{"question": "q", "answer": NaN}', '"answer" is empty'),
+    ('{"question": "q", "answer": 1e400}', '"answer" is empty'),
+    ('{"question": "q", "answer": "so\\n#### "}', 'nothing after "####"'),
+    ('{"question": "\\ud800", "answer": "1"}', "surrogate"),
+    ('{"question": "q", "answer": ' + "9" * 5000 + "}", "too long"),
+    ("[" * 100_000, "too deep"), ('{"a":' * 100_000, "too deep"),
+])
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    path = write(tmp_path / "bad.jsonl", GOOD, "", line, GOOD)
+    with pytest.raises(ValueError) as error:
+        load_problems(path)
+    message = str(error.value)
+    assert f"{path}, line 3: " in message and complaint in message
+    assert "\n" not in message and len(message) < len(path) + 200
+
+
+def test_a_bad_item_of_a_list_is_named(tmp_path):
+    path = write(tmp_path / "bad.json", "[", GOOD, ", 7]")
+    with pytest.raises(ValueError, match="item 2: not an object"):
+        load_problems(path)
+    with pytest.raises(ValueError, match="not JSON .* at line 2, column"):
+        load_problems(write(tmp_path / "broken.json", "[", GOOD))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(GOOD.encode() + b'\n{"question": "caf\xe9", "answer": "1"}')
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        load_problems(str(path))
+
+
+@pytest.mark.parametrize("name, content", [("e.jsonl", ""), ("b.jsonl", "\n \n"), ("e.json", ""), ("l.json", "[]")])
+def test_an_empty_file_is_refused(tmp_path, name, content):
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_problems(write(tmp_path / name, content))
+
+
+def test_a_missing_file_or_a_directory_is_refused(tmp_path):
+    (tmp_path / "dir.jsonl").mkdir()
+    for name in ("missing.jsonl", "missing.json", "dir.jsonl"):
+        with pytest.raises(FileNotFoundError, match=name):
+            load_problems(str(tmp_path / name))
+
+
+def test_unknown_sources_and_splits_list_what_is_known():
+    with pytest.raises(ValueError, match="'gsm9k'.*wordproblems, gsm8k.*jsonl"):
+        load_problems("gsm9k")
+    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+        load_problems("wordproblems", "dev")
+    with pytest.raises(ValueError, match="'validation'.*train, test"):
+        load_problems("gsm8k", "validation")
+
+
+JSON = ['{"question":', '{"problem":', '"answer":', '"q"', ",", "}", "[", "]", "\n", "1",
+        "1e999", '"\\ud800"', '"####"', "null"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200) | st.lists(st.sampled_from(JSON), max_size=12).map("".join).map(str.encode),
+       st.sampled_from([".json", ".jsonl"]))
+def test_any_bytes_give_problems_or_one_sentence(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    try:
+        problems = load_problems(str(path))
+    except ValueError as error:
+        assert not isinstance(error, UnicodeError) and "\n" not in str(error) and str(path) in str(error)
+    else:
+        assert problems and all(p.question.strip() and p.answer.strip() for p in problems)
+
+
+# ------------------------------------------------------------------ GSM8K
+
+
+TINY = b'{"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\\n#### 4"}\n'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory and a two-file "GSM8K" whose checksum is known; no proxy between us and ourselves."""
+    monkeypatch.setenv("THINKTUNING_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(gsm8k, "SHA256", dict.fromkeys(("train", "test"), gsm8k._sha256(TINY)))
+    return tmp_path / "cache" / "gsm8k"
+
+
+@pytest.fixture
+def serve():
+    """serve(status, body, announced length) -> URL of a local server that answers so, and the paths asked of it."""
+    servers = []
+
+    def start(status=200, body=TINY, length=None):
+        asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/data", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_fetched_once_then_read_from_the_cache(cache, serve):
+    url, asked = serve()
+    for _ in range(2):
+        assert gsm8k.load("test", url) == [Problem("Two and two?", "4")]
+    assert asked == ["/data/test.jsonl"]
+    assert load_problems("gsm8k", "test") == [("Two and two?", "4")]  # from the cache: no network needed
+    assert [path.name for path in cache.iterdir()] == ["test.jsonl"]
+
+
+@pytest.mark.parametrize("answer, complaint", [
+    ({"body": TINY + b" "}, "wrong SHA-256"),
+    ({"body": TINY[:30], "length": len(TINY)}, "wrong SHA-256|could not fetch"),  # the connection breaks half-way
+    ({"body": b""}, "wrong SHA-256"),
+    ({"body": b"x" * 200_000}, "wrong SHA-256"),
+    ({"status": 404}, "could not fetch .*404"),
+    ({"status": 500}, "could not fetch .*500"),
+])
+def test_a_bad_download_leaves_nothing_and_says_what_to_do(cache, serve, monkeypatch, answer, complaint):
+    monkeypatch.setattr(gsm8k, "MAX_BYTES", 100_000)
+    url, _ = serve(**answer)
+    with pytest.raises((OSError, ValueError), match=complaint) as error:
+        gsm8k.load("train", url)
+    assert f"{url}/train.jsonl" in str(error.value) and f"put it at {cache / 'train.jsonl'}" in str(error.value)
+    assert not list(cache.glob("*"))
+    assert gsm8k.load("train", serve()[0])  # and the next try starts from nothing
+
+
+def test_no_more_is_read_than_the_bound(cache, serve, monkeypatch):
+    monkeypatch.setattr(gsm8k, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="1,001 bytes"):
+        gsm8k.load("train", serve(body=b"x" * 5_000_000)[0])
+
+
+def test_offline_says_so(cache):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match="could not fetch .*with a network, or fetch it by any other means"):
+        gsm8k.load("test", f"http://127.0.0.1:{port}")
+    assert not cache.exists()
+
+
+def test_a_server_that_never_answers_is_given_up(cache, monkeypatch):
+    monkeypatch.setattr(gsm8k, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ConnectionError, match="timed out"):
+            gsm8k.load("test", f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_damaged_cache_is_refused_not_used(cache):
+    cache.mkdir(parents=True)
+    (cache / "test.jsonl").write_bytes(TINY[:-10])
+    with pytest.raises(ValueError, match="delete it"):
+        gsm8k.load("test")
+
+
+def test_a_failed_write_leaves_nothing(cache, serve, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(gsm8k.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        gsm8k.load("test", serve()[0])
+    assert not list(cache.glob("*"))
+
+
+# ------------------------------------------------------------------ real data, where it is
+
+
+@pytest.mark.parametrize("split, count", [("train", 7473), ("test", 1319)])
+def test_gsm8k_itself(split, count, tmp_path, monkeypatch):
+    path = SHARED / "gsm8k" / f"{split}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    monkeypatch.setenv("THINKTUNING_DATA", str(tmp_path))
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / path.name).write_bytes(path.read_bytes())
+    problems = load_problems("gsm8k", split)  # put there by hand: the checksum is looked at, nothing is fetched
+    assert problems == load_problems(str(path)) and len(problems) == count
+    for problem in problems:
+        assert isinstance(canonical(problem.answer), Fraction)
+        assert is_correct(boxed(problem.answer), problem.answer)
+        assert is_correct(boxed(rf"\${problem.answer}.00"), problem.answer)
+        assert not is_correct(boxed(problem.answer + "1"), problem.answer)
+
+
+def test_math500_references_equal_themselves():
+    path = SHARED / "math500" / "test.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    problems = load_problems(str(path))
+    assert len(problems) == 500
+    for entry, problem in zip(json.loads(path.read_text(encoding="utf-8")), problems):
+        assert is_correct(boxed(problem.answer), problem.answer)
+        assert is_correct(boxed(f" {problem.answer} .".replace(r"\frac", r"\dfrac").replace(" ", "  ")), problem.answer)
+        assert is_correct(entry["solution"], problem.answer), problem  # the worked solution's own box
+
+
+def test_word_problems_are_problems():
+    pytest.importorskip("data.wordproblems")
+    for split in ("train", "validation", "test"):
+        problems = load_problems("wordproblems", split)
+        assert problems and all(isinstance(problem, Problem) for problem in problems)
+        assert all(is_correct(boxed(problem.answer), problem.answer) for problem in problems)
+
+
+def test_data_does_not_import_torch():
+    code = "import sys, data, data.reward, data.gsm8k; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
