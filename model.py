@@ -8,19 +8,14 @@ Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E hea
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from weights import config_to_json, read_config, read_tensors, write_directory
 
 
 @dataclass
@@ -85,35 +80,20 @@ class LM(nn.Module):
 
         Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
         """
-        config, source = read_config(Path(path) / "config.json")
+        fields, source = read_config(path)
+        config = ModelConfig(**fields)
         with torch.device("meta"):  # no random initialisation, no second copy
             model = cls(config).to(dtype)
         model.to_empty(device=device)
         if config.tie_embeddings:
             model.head.weight = model.embed.weight  # to_empty gave each its own storage
-        read_weights(model, Path(path) / "model.safetensors")
+        read_tensors(path, dict(model.disk_tensors()), tied=config.tie_embeddings)
         model.source = source
         return model
 
     def save(self, path, tokenizer=None) -> None:
         """Write the directory `load` reads, tokenizer included; a crash or a full disk leaves an older one whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
-        try:
-            dtype = str(self.embed.weight.dtype).removeprefix("torch.")
-            written = {**(self.source or config_to_json(self.config)), "torch_dtype": dtype}
-            (temporary / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-            tensors = {name: view.detach().cpu().contiguous() for name, view in self.disk_tensors()}
-            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-            if tokenizer is not None:
-                tokenizer.save(temporary)
-            temporary.chmod(0o755)
-            replace_directory(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: the weights could not be written ({error})") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        write_directory(path, self.source or config_to_json(self.config), self.disk_tensors(), tokenizer)
 
     def disk_tensors(self):
         """Yield (the ecosystem's name, a view of the parameter): fused projections are split by row."""
@@ -351,100 +331,3 @@ def sample(logits, uniform, temperature, top_p):
         # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: a model directory has config.json and model.safetensors") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where the model came from") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
-def read_config(path: Path) -> tuple[ModelConfig, dict]:
-    """A Hugging Face config.json, in its older or its transformers-5 spelling, refused where it asks for more than LM does."""
-    raw = read_json(path)
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
-    for key in ("quantization_config", "use_sliding_window", "attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
-    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
-    try:
-        heads = raw["num_attention_heads"]
-        config = ModelConfig(
-            vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
-            n_kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            ffn_dim=raw["intermediate_size"], norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-            rope_scaling=rope if kind == "llama3" else None, max_seq_len=raw.get("max_position_embeddings", 2048),
-            tie_embeddings=raw.get("tie_word_embeddings", False), **ARCHITECTURES[architecture])
-        rope_frequencies(config)  # finds missing or malformed scaling entries here rather than in the run
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: a size has the wrong type or is zero ({error})") from None
-    return config, raw
-
-
-def config_to_json(config: ModelConfig) -> dict:
-    """The config.json of a model that was made here; LM.save adds the dtype."""
-    flags = {k: True for k in ("qkv_bias", "qk_norm") if getattr(config, k)}
-    architecture = next((name for name, needs in ARCHITECTURES.items() if needs == flags), None)
-    if architecture is None:
-        raise ValueError("no known architecture has both qkv_bias and qk_norm")
-    return {
-        "architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
-        "vocab_size": config.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling, "max_position_embeddings": config.max_seq_len,
-        "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu",
-    }
-
-
-def read_weights(model: LM, path: Path) -> None:
-    """Copy every tensor of a safetensors file into the model, one at a time; names and shapes must match exactly."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a model directory has config.json and model.safetensors")
-    wanted = dict(model.disk_tensors())
-    try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            if model.config.tie_embeddings:
-                present.discard("lm_head.weight")  # some exporters write the tied head out as well
-            for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
-                if names:
-                    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                    raise ValueError(f"{path} {problem} tensors for its config.json: {shown}")
-            for name, view in wanted.items():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(view.shape):
-                    raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(view.shape)}")
-                with torch.no_grad():
-                    view.copy_(file.get_tensor(name))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
-
-
-def replace_directory(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`; at every moment one of the two is whole."""
-    if old.exists():
-        aside = Path(tempfile.mkdtemp(prefix=old.name + ".", suffix=".old", dir=old.parent))
-        os.rename(old, aside / "old")
-        os.rename(new, old)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(new, old)

@@ -80,6 +80,9 @@ class Teacher:
                  style: str | None = None, behaviour: str | None = None, rows=64):
         self.model, self.tokenizer, self.max_tokens, self.rows = model.eval().requires_grad_(False), tokenizer, max_tokens, rows
         self.max_prompt = min(max_prompt, model.config.max_seq_len - max_tokens)
+        if self.max_prompt < 1:
+            raise ValueError(f"the teacher's context of {model.config.max_seq_len} tokens has no room for a prompt beside a "
+                             f"reply of {max_tokens}; lower --teacher-reply")
         self.instruction, self.published = instruction, published
         self.style = style or ("tag" if tokenizer.family == "wordproblems" else "exemplars")
         self.prefix_ids, self.prefix = [], None

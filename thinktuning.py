@@ -99,11 +99,12 @@ class Config:
             raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}: the share of help can only fall")
 
 
-DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95)
+DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
+            teacher_prompt=180, teacher_reply=120)  # everything else is as published
 
 
-def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None, validation=(),
-          notes=None) -> list[dict]:
+def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
+          validation=()) -> list[dict]:
     """Train `student` in place; returns the metrics of every step. METHOD section 2, in its order.
 
     Without a teacher this is plain GRPO. `run` (a Run) gets metrics and transcripts. SIGINT or SIGTERM ends it after
@@ -235,6 +236,8 @@ def main(argv=None) -> int:
         job()
     except (OSError, RunFailed, torch.OutOfMemoryError) as error:
         return complain(error, 1)
+    except KeyboardInterrupt:
+        return complain("stopped before there was anything to save", 130)
     return 0
 
 

@@ -4,8 +4,8 @@ tiktoken splits and merges; this file tells it how, from whichever tokenizer fil
 tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
 All are byte-level BPE, so any text has ids and comes back from them; anything else is refused by name.
 
-The ids are those of the `tokenizers` library. One exception is known: where a file asks for NFC, text with one
-of 99 combining marks newer than Unicode 9, next to another mark, because that library's NFC does not know them.
+The ids are those of the `tokenizers` library. One exception is known: where a file asks for NFC, text in which
+one of 99 combining marks stands next to another, because that library's NFC is Unicode 9's, Python 3.11's is 14's.
 """
 
 import base64
@@ -269,15 +269,14 @@ def read_json(files, name) -> dict:
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # these stand for themselves
 BYTES = {chr(byte): byte for byte in PRINTABLE}
 BYTES |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
-# str.translate's way of using it; what stands for no byte becomes a character that latin-1 cannot encode.
-TO_LATIN1 = {code: 0xFFFF for code in range(256)} | {ord(character): byte for character, byte in BYTES.items()}
+TO_LATIN1 = str.maketrans(BYTES)
 
 
 def to_bytes(token: str) -> bytes:
     try:
         return token.translate(TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError:
-        return token.encode()  # a special token in plain spelling
+        return token.encode()  # a special token, which is spelt as it reads
 
 
 def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabulary:
@@ -289,13 +288,14 @@ def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabul
         if len(merge) != 2 or "".join(merge) not in vocab:
             raise ValueError(f"the merge {merge} makes no token of the vocabulary; download the tokenizer files again")
     made = makeable(merges)
-    tokens = [token for token in (*BYTES, *sorted(made, key=made.get)) if token in vocab and token not in special]
+    tokens = [token for token in BYTES if token in vocab] + sorted(made.keys() - special.keys(), key=made.get)
     if whole:
-        others = [token for token in vocab.keys() - set(tokens) - special.keys() if set(token) <= BYTES.keys()]
+        known = set(tokens) | special.keys()
+        others = [token for token in vocab if token not in known and BYTES.keys() >= set(token)]
         ranks = {token: rank for rank, token in enumerate(tokens + others)}
         for token in others:  # tiktoken does take a whole piece; it must not also merge to get there
             if len(apply_merges(token, lambda left, right: ranks.get(left + right))[0]) == 1:
-                raise ValueError(f"no merge makes the token {token!r}, but tiktoken would; such vocabularies do not work")
+                raise ValueError(f"no merge makes the token {token!r}, yet tiktoken would; it cannot be read exactly")
         tokens += others
     return Vocabulary(pattern, {i: to_bytes(token) for token, i in vocab.items()}, [vocab[token] for token in tokens],
                       special, nfc)

@@ -1,0 +1,447 @@
+"""The whole program: runs end to end, repeats to the bit, speaks plainly about bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import demo
+import thinktuning
+from data import Problem, load_problems, wordproblems
+from data.scores import majority, mean_and_se, pass_at_k, score
+from data.tokenizer import Tokenizer
+from model import LM, ModelConfig
+from teacher import parse_feedback
+from thinktuning import Config, evaluate, main, question_batches, student_prompt, train
+
+HERE = Path(__file__).parent
+GSM8K = HERE.parent / "shared" / "gsm8k"
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.builtin()
+    return LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256, **changes)), tokenizer
+
+
+def tiny_config(**changes):
+    return Config(**{**dict(steps=3, questions=4, samples=3, max_tokens=12, mini_batch=2, learning_rate=1e-2, teacher_reply=40,
+                            teacher_prompt=128), **changes})
+
+
+@pytest.fixture
+def model_directory(tmp_path):
+    model, tokenizer = tiny()
+    model.save(tmp_path / "model", tokenizer)
+    return tmp_path / "model"
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# The loop
+
+
+@pytest.mark.parametrize("method", ["grpo", "thinktuning"])
+def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeypatch):
+    def run(seed):
+        student, tokenizer = finishing_student()
+        # A random model is never right: pay for texts of even length, so that there is something to learn.
+        monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
+        teacher = thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
+        train(student, tokenizer, load_problems("wordproblems"), tiny_config(method=method, seed=seed), teacher=teacher)
+        return weights(student)
+
+    first, second, other = run(1), run(1), run(2)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other) and not torch.equal(first, weights(finishing_student()[0]))
+
+
+def scripted_teacher(tokenizer, phrase):
+    """A teacher that always says the same, in the real format, so that guidance happens whatever the weights are."""
+    teacher = thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config())
+    reply = f"<opinion>incorrect</opinion><reason>Wait, that does not fit the story.</reason><phrase>{phrase}</phrase>"
+    teacher.feedback = lambda questions, responses: [parse_feedback(reply) for _ in questions]
+    return teacher
+
+
+class Recorder:
+    def __init__(self):
+        self.metrics, self.lines = [], []
+
+    def log(self, metrics, steps, transcripts):
+        self.metrics.append(metrics)
+        self.lines += transcripts
+
+
+def finishing_student():
+    """A random student whose turn ends with any byte above 127, so that it finishes often enough to be eligible for help."""
+    student, tokenizer = tiny()
+    tokenizer.stop = set(range(128, 256))
+    return student, tokenizer
+
+
+def test_guided_rollouts_are_rewarded_by_the_same_reward_and_shown_in_transcripts():
+    student, tokenizer = finishing_student()
+    problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
+    run = Recorder()
+    config = tiny_config(max_tokens=60, schedule="constant", p_init=0.5, samples=4)
+    train(student, tokenizer, problems, config, teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{7}."), run=run)
+    assert sum(m["guided"] for m in run.metrics) > 5
+    assert all(m["guided_reward"] == m["guided"] for m in run.metrics)  # the box says 7, and 7 is right
+    guided = [line for line in run.lines if line["guidance"]]
+    assert guided and all(line["guidance"].startswith("\n\nWait, that does not fit the story.\n\nSo the answer") for line in guided)
+    assert all(line["reward"] == 1.0 and line["opinion"] == "incorrect" for line in guided)
+
+
+def test_a_wrong_teacher_earns_its_student_nothing():
+    student, tokenizer = finishing_student()
+    problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
+    run = Recorder()
+    train(student, tokenizer, problems, tiny_config(max_tokens=60, schedule="constant", samples=4),
+          teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{8}."), run=run)
+    assert sum(m["guided"] for m in run.metrics) > 5 and sum(m["reward"] for m in run.metrics) == 0
+
+
+def test_the_teacher_goes_off_for_good_and_evaluation_never_involves_it():
+    student, tokenizer = finishing_student()
+    run = Recorder()
+    teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
+    train(student, tokenizer, load_problems("wordproblems"), tiny_config(steps=20, max_tokens=50), teacher=teacher, run=run)
+    asked = [m["teacher_asked"] > 0 for m in run.metrics]
+    assert asked == [True] * 3 + [False] * 17  # 15% of the steps with the published schedule
+    teacher.feedback = None  # evaluate could not call it
+    evaluate(student, tokenizer, load_problems("wordproblems", "test")[:3], max_tokens=8)
+
+
+def test_published_seed_cannot_be_repeated(monkeypatch):
+    seeds, problems = [], load_problems("wordproblems")[:8]
+    monkeypatch.setattr(thinktuning.random, "Random", lambda seed: seeds.append(seed) or random.SystemRandom())
+    for published in ("", "", "seed", "seed"):
+        train(*tiny(), problems, tiny_config(steps=1, published=published))
+    first, second, third, fourth = [seed for seed in seeds if isinstance(seed, int)]
+    assert first == second == 0 and third != fourth
+
+
+def test_question_batches_show_every_problem_once_an_epoch():
+    problems = list(range(10))
+    batches = question_batches(problems, 4, seed=3)
+    shown = [p for _ in range(5) for p in next(batches)]
+    assert Counter(shown[:10]) == Counter(shown[10:]) == Counter(problems)
+    assert shown[:10] != shown[10:] and shown[:4] == next(question_batches(problems, 4, seed=3))
+
+
+def test_sampling_in_slices_changes_the_memory_and_not_the_order():
+    model, tokenizer = tiny()
+    problems = load_problems("wordproblems", "test")[:7]
+    whole, records = evaluate(model, tokenizer, problems, max_tokens=8, rows=256)
+    sliced, again = evaluate(model, tokenizer, problems, max_tokens=8, rows=2)
+    assert records == again and whole == sliced
+
+
+def test_the_student_prompt_is_the_question_alone_for_the_built_in_problems():
+    tokenizer = Tokenizer.builtin()
+    question = load_problems("wordproblems")[0].question
+    assert tokenizer.decode(student_prompt(tokenizer, question)) == f"<|question|>{question}<|student|>"
+
+
+# Scores
+
+
+def record(answer, *boxes, finished=True):
+    return Problem("q", answer), " ".join(f"\\boxed{{{b}}}" for b in boxes), finished
+
+
+def test_score_separates_first_answers_from_final_ones():
+    scores = score([record("1", 1), record("1", 2), record("1", 2, 1), record("1", 1, 2), record("1", 1, finished=False)])
+    assert scores["accuracy"] == 2 / 5 and scores["first_answer_accuracy"] == 3 / 5
+    assert (scores["wrong_to_right"], scores["right_to_wrong"]) == (1, 2)  # unfinished counts as wrong
+    assert scores["reflection_rate"] == 2 / 5
+    assert scores["reflection_rate_first_wrong"] == 1 / 2 and scores["reflection_rate_first_right"] == 1 / 3
+    assert scores["accuracy_se"] == pytest.approx((0.3 / 5) ** 0.5)
+
+
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer():
+    from itertools import combinations
+    for n, c, k in ((5, 2, 3), (6, 0, 2), (6, 6, 1), (4, 1, 4)):
+        subsets = list(combinations(range(n), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(any(i < c for i in s) for s in subsets) / len(subsets))
+
+
+def test_majority_votes_by_value_and_ignores_unfinished_responses():
+    assert majority([record("7", "7.0"), record("7", "8"), record("7", "7")]) == 1
+    assert majority([record("7", "8"), record("7", "8.0"), record("7", "7")]) == 0
+    assert majority([record("7", "7"), record("7", "8", finished=False), record("7", "8", finished=False)]) == 1
+    assert majority([record("7")]) == 0
+
+
+def test_mean_and_se_are_those_of_the_textbook():
+    assert mean_and_se([1.0, 0.0, 1.0, 1.0]) == (0.75, pytest.approx((0.25 / 4) ** 0.5))
+    assert mean_and_se([0.3]) == (0.3, 0.0)
+
+
+# The built-in problems
+
+
+def test_built_in_splits_share_no_arithmetic_and_every_answer_is_right():
+    import re
+    seen = {}
+    for split in ("train", "validation", "test"):
+        contents = set()
+        for question, answer in load_problems("wordproblems", split):
+            n = int(re.match(r"\w+ has (\d+) ", question)[1])
+            content = [n]
+            for day in question.split(" On ")[1:]:  # worked out again from the words alone
+                amount = int((re.search(r"\d+", day) or ["0"])[0])
+                kind = next(k for k in ("finds", "buys", "loses", "sells", "doubles", "half") if k in day)
+                n = {"finds": n + amount, "buys": n + amount, "loses": n - amount, "sells": n - amount,
+                     "doubles": 2 * n, "half": n / 2}[kind]
+                content.append((kind in ("finds", "buys"), kind in ("loses", "sells"), kind, amount)[:2] + (amount, kind in ("doubles",)))
+            assert str(int(n)) == answer and n == int(n) and 1 <= n <= 20
+            contents.add(tuple(content))
+        seen[split] = contents
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"] and not seen["validation"] & seen["test"]
+    assert len(seen["train"]) > 3000
+
+
+def test_everything_the_base_model_reads_is_about_training_problems(monkeypatch):
+    splits = set()
+    make_story = wordproblems.make_story
+    monkeypatch.setattr(wordproblems, "make_story", lambda rng, n, split: splits.add(split) or make_story(rng, n, split))
+    demo.rows_of_step(dict(demo.RECIPE, floor=0.5), 0, random.Random(0), Tokenizer.builtin())
+    assert splits == {"train"}
+
+
+def test_the_student_never_reads_a_second_answer_and_no_remark_at_floor_0():
+    rng = random.Random(0)
+    stories = [wordproblems.make_story(rng, 1 + i % 4, "train") for i in range(300)]
+    texts = [wordproblems.student_row(rng, s, floor=0.5)[2] for s in stories]
+    assert all(t.count("\\boxed") == 1 for t in texts)
+    share = sum("\n\n" in t for t in texts) / len(texts)
+    assert 0.4 < share < 0.6
+    assert not any("\n\n" in wordproblems.student_row(rng, s, floor=0.0)[2] for s in stories)
+    reflective = {reason.split()[0] for _, reason, _ in wordproblems.WORDING.values()}
+    assert not reflective & {r.split()[0] for r in wordproblems.REMARKS}
+
+
+def test_built_in_teacher_texts_are_feedback_the_parser_takes_and_mostly_right_in_opinion():
+    from data.reward import is_correct
+    from teacher import behaviour, parse_feedback
+    rng, right, seen = random.Random(0), 0, set()
+    for i in range(400):
+        story = wordproblems.make_story(rng, 1 + i % 4, "train")
+        messages, role, text = wordproblems.teacher_row(rng, story)
+        feedback = parse_feedback(text)
+        answer = str(wordproblems.counts(story)[-1])
+        assert role == "teacher" and is_correct(feedback.phrase, answer)
+        right += (feedback.opinion == "correct") == is_correct(messages[1]["content"], answer)
+        seen.add(behaviour(feedback.reason))
+    assert 0.7 < right / 400 < 0.9 and seen == set(wordproblems.WORDING)
+
+
+def test_the_shipped_vocabulary_is_what_its_script_makes(tmp_path):
+    wordproblems.write_vocabulary(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (HERE / "data" / "wordproblems.tiktoken").read_bytes()
+
+
+def test_numbers_are_single_tokens_wherever_they_stand():
+    tokenizer = Tokenizer.builtin()
+    for text in ("Gus has 17 keys.", "17 + 2 = 19.", "starts with 17.", "\\boxed{17}.", "finds 17: 17 - 3 = 14."):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode("17")[0] in tokenizer.encode(text)
+    assert len(tokenizer.encode("17")) == 1
+
+
+# The demonstration
+
+
+def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, capsys):
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("base", "grpo", "thinktuning"):
+        assert {"accuracy", "accuracy_se", "reflection_rate", "reflection_rate_first_wrong", "reflection_rate_first_right",
+                "first_answer_accuracy", "mean_length", "seconds"} <= summary[name].keys()
+    assert summary["seconds"]["pretrain"] > 0
+    first = capsys.readouterr().out
+    assert "T ThinkTuning, g GRPO" in first and "under the teacher prompt" in first
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "cached in" in capsys.readouterr().out
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert again["seconds"]["pretrain"] == 0
+    for name in ("base", "grpo", "thinktuning"):  # the same to the digit, from the cached base as from the fresh one
+        assert {k: v for k, v in again[name].items() if k != "seconds"} == {k: v for k, v in summary[name].items() if k != "seconds"}
+    other = main(["--quick", "--out", str(tmp_path), "--floor", "0"])
+    assert other == 0 and len(list(tmp_path.glob("base-*"))) == 2  # another floor is another base
+
+
+def test_a_base_below_the_gate_fails_loudly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(demo.RECIPE, "steps", 2)
+    assert main(["--out", str(tmp_path)]) == 1
+    assert "under the teacher prompt" in capsys.readouterr().err
+    assert not list(tmp_path.glob("base-*"))
+
+
+def test_ablations_run_every_variant(tmp_path, capsys):
+    assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "2"]) == 0
+    rows = json.loads((tmp_path / "ablate-stress.json").read_text())
+    assert rows.keys() == demo.VARIANTS["stress"].keys() and all(len(v) == 2 for v in rows.values())
+
+
+def test_corrupted_and_shuffled_feedback_do_what_they_say():
+    from data.reward import final_answer
+    from teacher import Feedback
+    replies = [Feedback("correct", "r", f"So the answer is \\boxed{{{n}}}.") for n in range(1, 11)]
+    spoilt = demo.corrupted(1.0)(lambda q, r: replies, random.Random(0))([], [])
+    assert all(final_answer(s.phrase) != final_answer(f.phrase) for s, f in zip(spoilt, replies))
+    assert demo.corrupted(0.0)(lambda q, r: replies, random.Random(0))([], []) == replies
+    moved = demo.shuffled(lambda q, r: replies, random.Random(0))([], [])
+    assert all(a != b for a, b in zip(moved, replies)) and sorted(moved) == sorted(replies)
+
+
+# Real input
+
+
+@pytest.fixture(scope="module")
+def llama_directory(tmp_path_factory):
+    """A random Llama with a byte-level BPE tokenizer in Llama 3's layout, trained on GSM8K, made by other tools."""
+    if not GSM8K.is_dir():
+        pytest.skip(f"{GSM8K} is not here")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    path = tmp_path_factory.mktemp("llama")
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    t = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder = decoders.ByteLevel()
+    text = [json.loads(line)["question"] for line in open(GSM8K / "train.jsonl")][:1500]
+    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False,
+                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|eot_id|>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=1000, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                                      tie_word_embeddings=True, initializer_range=0.3)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama_directory, tmp_path, capsys):
+    import transformers
+    flags = "--steps 3 --questions 4 --samples 3 --max-tokens 24 --teacher-reply 24 --mini-batch 2 --eval-count 6"
+    assert main(["train", "--model", str(llama_directory), "--data", str(GSM8K / "train.jsonl"), "--eval-data",
+                 str(GSM8K / "test.jsonl"), "--out", str(tmp_path / "run"), *flags.split()]) == 0
+    run = tmp_path / "run"
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    assert [m["step"] for m in metrics] == [0, 1, 2] and "eval_accuracy" in metrics[-1]
+    assert json.loads((run / "config.json").read_text())["samples"] == 3
+    ours = LM.load(run / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    tokens = torch.randint(0, 1000, (2, 30))
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    text = "Natalia sold 48 clips."
+    assert transformers.AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"] == Tokenizer.load(run / "model").encode(text)
+    assert main(["eval", "--model", str(run / "model"), "--data", str(GSM8K / "test.jsonl"), "--count", "3", "--samples", "2",
+                 "--max-tokens", "8"]) == 0
+    assert "maj@2" in capsys.readouterr().out
+
+
+def test_prompts_longer_than_the_context_are_counted_and_dropped(llama_directory, tmp_path, capsys):
+    long = tmp_path / "problems.jsonl"
+    long.write_text("".join(json.dumps({"question": "word " * n, "answer": "1"}) + "\n" for n in (1, 2000, 3)))
+    assert main(["eval", "--model", str(llama_directory), "--data", str(long), "--max-tokens", "4"]) == 0
+    assert "dropped 1 of 3 questions" in capsys.readouterr().out
+
+
+def test_ask_streams_what_generate_gives(model_directory, capsys):
+    question = load_problems("wordproblems", "test")[0].question
+    assert main(["ask", "--model", str(model_directory), question, "--max-tokens", "9"]) == 0
+    model, tokenizer = LM.load(model_directory), Tokenizer.load(model_directory)
+    ids = thinktuning.generate(model, [student_prompt(tokenizer, question)], max_tokens=9, stop=tokenizer.stop, temperature=0)[0]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode([i for i in ids if i not in tokenizer.stop]).rstrip("\n")
+
+
+# Bad input
+
+
+def complaint(capsys, *argv, status=2):
+    """The one sentence on stderr that a command ends with."""
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code == status and "Traceback" not in err
+    return err
+
+
+def test_bad_input_ends_with_one_sentence_and_status_2(model_directory, tmp_path, capsys):
+    broken, empty = tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"
+    broken.write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+    empty.write_text("\n")
+    base = ["train", "--model", model_directory, "--out", tmp_path / "run"]
+    assert "broken.jsonl, line 2" in complaint(capsys, *base, "--data", broken)
+    assert "empty.jsonl" in complaint(capsys, *base, "--data", empty)
+    assert "no-such" in complaint(capsys, "train", "--model", tmp_path / "no-such", "--data", "wordproblems")
+    assert "gsm9k" in complaint(capsys, *base, "--data", "gsm9k")
+    assert "--clip" in complaint(capsys, *base, "--data", "wordproblems", "--clip", "-1")
+    assert "--p-min" in complaint(capsys, *base, "--data", "wordproblems", "--p-init", "0.001")
+    assert "--published" in complaint(capsys, *base, "--data", "wordproblems", "--published", "gama")
+    assert "--steps" in complaint(capsys, *base, "--data", "wordproblems", "--steps", "three")
+    assert "--floor" in complaint(capsys, "--floor", "2", "--out", tmp_path / "x")
+    assert "tokens" in complaint(capsys, "ask", "--model", model_directory, "q", "--max-tokens", "999")
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+def test_a_finished_run_is_not_written_over(model_directory, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    assert "--out" in complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--out", tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(model_directory, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    err = complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--max-tokens", "8", "--teacher-reply",
+                    "30", "--out", tmp_path / "file" / "run")
+    assert "file" in err
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(model_directory, tmp_path, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full is not here")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "transcripts.jsonl").symlink_to("/dev/full")
+    err = complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--out", run, "--method", "grpo", "--steps",
+                    "1", "--questions", "2", "--max-tokens", "8", status=1)
+    assert "No space left" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
+    run = tmp_path / "run"
+    flags = "--data wordproblems --method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
+    process = subprocess.Popen([sys.executable, "thinktuning.py", "train", "--model", model_directory, "--out", run, *flags.split()],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    LM.load(run / "model")
+    assert all(json.loads(line) for line in open(run / "metrics.jsonl"))

@@ -1,0 +1,140 @@
+"""Model directories on disk: the config.json, safetensors and tensor names that the ecosystem's tools share.
+
+Nothing is ever unpickled. `LM.load` and `LM.save` are the only callers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+A_MODEL_DIRECTORY = "a model directory holds config.json, model.safetensors and a tokenizer"
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where the model came from") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def read_config(directory) -> tuple[dict, dict]:
+    """(ModelConfig's fields, the raw JSON) of a Hugging Face config.json, in its older or its transformers-5 spelling.
+
+    What LM does not do is refused by name.
+    """
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    for key in ("quantization_config", "use_sliding_window", "attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+    if kind == "llama3" and (missing := LLAMA3_ROPE - rope.keys()):
+        raise ValueError(f"{path}: its llama3 rope scaling lacks {', '.join(sorted(missing))}")
+    try:
+        heads = raw["num_attention_heads"]
+        sizes = {"vocab_size": raw["vocab_size"], "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"], "n_heads": heads,
+                 "n_kv_heads": raw.get("num_key_value_heads") or heads, "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+                 "ffn_dim": raw["intermediate_size"], "max_seq_len": raw.get("max_position_embeddings", 2048)}
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: a size is not a number or is zero ({error})") from None
+    if bad := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
+        raise ValueError(f"{path}: {', '.join(bad)} must be whole numbers from 1 up")
+    if heads % sizes["n_kv_heads"]:
+        raise ValueError(f"{path}: {heads} query heads cannot share {sizes['n_kv_heads']} key/value heads evenly")
+    return {**sizes, "norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": float(theta), "rope_scaling": rope if kind == "llama3" else None,
+            "tie_embeddings": raw.get("tie_word_embeddings", False), **ARCHITECTURES[architecture]}, raw
+
+
+def config_to_json(config) -> dict:
+    """The config.json of a model that was made here, from its ModelConfig."""
+    flags = {k: True for k in ("qkv_bias", "qk_norm") if getattr(config, k)}
+    architecture = next((name for name, needs in ARCHITECTURES.items() if needs == flags), None)
+    if architecture is None:
+        raise ValueError("no known architecture has both qkv_bias and qk_norm")
+    return {
+        "architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": config.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling, "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu",
+    }
+
+
+def read_tensors(directory, wanted: dict, tied: bool) -> None:
+    """Copy model.safetensors into the tensors `wanted` by name, one at a time; names and shapes must match exactly."""
+    path = Path(directory) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            if tied:
+                present.discard("lm_head.weight")  # some exporters write the tied head out as well
+            for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
+                if names:
+                    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                    raise ValueError(f"{path} {problem} tensors for its config.json: {shown}")
+            for name, tensor in wanted.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(tensor.shape):
+                    raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(tensor.shape)}")
+                tensor.detach().copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
+
+
+def write_directory(path, config: dict, tensors, tokenizer=None) -> None:
+    """Write config.json, model.safetensors and the tokenizer beside `path`, then put them in its place all at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+        dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+        config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(new)
+        new.chmod(0o755)  # mkdtemp's own is 0700
+        replace_directory(new, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: the weights could not be written ({error})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def replace_directory(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`; at every moment one of the two is whole."""
+    if old.exists():
+        aside = Path(tempfile.mkdtemp(prefix=old.name + ".", suffix=".old", dir=old.parent))
+        os.rename(old, aside / "old")
+        os.rename(new, old)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(new, old)
