@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import model as model_module
 from data import load_problems, wordproblems
 from data.reward import answers, is_correct
 from data.scores import mean_and_se, score
 from data.tokenizer import Tokenizer
-from model import LM, ModelConfig
+from model import LM, Attention, Block, ModelConfig
 from record import Run, progress
 from teacher import Feedback
 from thinktuning import DEMO, Config, RunFailed, evaluate, make_teacher, train
@@ -101,10 +100,7 @@ def train_one(base, tokenizer, config, path=None, wrap=None, label=""):
 
 def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, dict[str, float]]:
     """The base model for a recipe, from the cache if everything that made it is unchanged; and the seconds it took."""
-    sources = [inspect.getsource(x) for x in (wordproblems, pretrain, rows_of_step, response_loss, model_module.LM,
-                                              model_module.Block, model_module.Attention)]
-    key = hashlib.sha256(json.dumps([recipe, sources, torch.__version__, sorted(tokenizer._files.items(), key=str)[0][1].decode()]).encode())
-    path = cache / f"base-{key.hexdigest()[:12]}"
+    path = cache / f"base-{recipe_key(recipe)}"
     print("The base model reads, about training problems only:", *(f"  - {line.format(**recipe)}" for line in READS), sep="\n")
     if path.exists():
         print(f"cached in {path}")
@@ -118,6 +114,13 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
                         f"{GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
     base.save(path, tokenizer)
     return base, {"pretrain": time.perf_counter() - began}
+
+
+def recipe_key(recipe: dict) -> str:
+    """Changes with everything that makes the base model: settings, texts, vocabulary, architecture, training, torch."""
+    sources = [inspect.getsource(x) for x in (wordproblems, LM, Block, Attention, pretrain, rows_of_step, response_loss)]
+    vocabulary = Path(wordproblems.__file__).with_suffix(".tiktoken").read_text()
+    return hashlib.sha256(json.dumps([recipe, sources, vocabulary, torch.__version__]).encode()).hexdigest()[:12]
 
 
 def pretrain(recipe: dict, tokenizer) -> LM:

@@ -53,7 +53,7 @@ class Config:
     max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
     max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
-    rows: int = option(256, "rollouts", "responses that are sampled side by side (memory)", least=1)
+    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)", least=1)
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
     micro_batch: int = option(16384, "update", "tokens of one forward pass (memory; changes no result)", least=1)

@@ -1,0 +1,472 @@
+"""Tests of teacher.py: the schedule, the choice, the parser, augmenting, and a Teacher around tiny random models."""
+
+import itertools
+import math
+import random
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+import teacher as teacher_module
+import thinktuning
+from data import Problem
+from data.reward import final_answer, is_correct
+from data.tokenizer import LLAMA3_PATTERN, Tokenizer
+from grpo import Rollout, snapshot, token_logprobs
+from model import LM, ModelConfig, generate
+from teacher import EXEMPLARS, SYSTEM, Feedback, Teacher, augment, behaviour, choose, guidance_fraction, parse_feedback
+
+PROPERTY = settings(max_examples=200, deadline=None)
+SHAPES = ("constant", "linear", "cosine", "exp")
+LLAMA3_MARKERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+# ------------------------------------------------------------------ the schedule (METHOD section 5)
+
+
+def reference_fraction(step, total, shape, p_init=0.1, p_min=0.01, eps=0.05):
+    """p_s before the switch-off."""
+    done = step / total * 3
+    if shape == "constant":
+        return p_init
+    if done >= 1:
+        return p_min
+    if shape == "exp":  # the same factor each step, total/3 of them
+        factor = (max(eps, p_min) / p_init) ** (1 / (total / 3))
+        return p_init * factor**step
+    return p_min + (p_init - p_min) * {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[shape]
+
+
+@PROPERTY
+@given(st.sampled_from(SHAPES), st.integers(1, 2000), st.floats(0, 1), st.floats(0.001, 1), st.floats(0.001, 1),
+       st.floats(0, 0.2))
+def test_the_share_follows_its_shape_and_is_zero_once_it_is_low(shape, total, progress, a, b, eps):
+    step, p_init, p_min = int(progress * total), max(a, b), min(a, b)
+    expected = reference_fraction(step, total, shape, p_init, p_min, eps)
+    assume(abs(expected - (eps + 0.01)) > 1e-9)
+    found = guidance_fraction(step, total, shape, p_init, p_min, eps)
+    assert found == pytest.approx(expected if expected > eps + 0.01 else 0.0)
+
+
+@pytest.mark.parametrize("shape, start, half_way, end", [
+    ("constant", 0.1, 0.1, 0.1), ("linear", 0.1, 0.055, 0.01), ("cosine", 0.1, 0.055, 0.01),
+    ("exp", 0.1, 0.1 * 0.1**0.5, 0.01)])
+def test_the_share_at_the_start_on_the_way_and_at_the_end_of_the_third(shape, start, half_way, end):
+    share = [guidance_fraction(step, 600, shape, eps=-0.01) for step in (0, 100, 200, 201, 599)]  # this eps: never off
+    assert share == pytest.approx([start, half_way, end, end, end])
+
+
+@pytest.mark.parametrize("shape, share_of_training", [
+    ("linear", 4 / 27), ("cosine", 0.155), ("exp", 0.246), ("constant", 1.0)])
+def test_with_the_published_numbers_the_teacher_goes_after_15_percent(shape, share_of_training):
+    helped = [guidance_fraction(step, 10_000, shape) > 0 for step in range(10_000)]
+    assert sum(helped) / 10_000 == pytest.approx(share_of_training, abs=0.001)
+    assert helped == sorted(helped, reverse=True)  # for good
+
+
+def test_the_teacher_is_off_exactly_at_the_threshold():
+    assert guidance_fraction(4, 27) == 0.0  # p = 0.1 - 0.09 * 4/9 = 0.06 = eps + 0.01
+    assert guidance_fraction(3, 27) == pytest.approx(0.07)
+
+
+@PROPERTY
+@given(st.sampled_from(SHAPES), st.integers(1, 200), st.floats(0.001, 1), st.floats(0.001, 1), st.floats(-0.01, 1))
+def test_the_share_never_rises(shape, total, a, b, eps):
+    share = [guidance_fraction(step, total, shape, max(a, b), min(a, b), eps) for step in range(total)]
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(share))
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="cubic"):
+        guidance_fraction(0, 10, "cubic")
+
+
+# ------------------------------------------------------------------ who gets help
+
+
+@PROPERTY
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 100), st.integers())
+@example([[True] * 6], 50, 0)
+def test_of_each_question_max_1_floor_np_finished_rollouts_are_chosen(groups, percent, seed):
+    finished = sum(groups, [])
+    chosen = choose(finished, 6, percent / 100, random.Random(seed))
+    assert chosen == sorted(set(chosen)) == choose(finished, 6, percent / 100, random.Random(seed))
+    assert all(finished[i] for i in chosen)
+    for g, group in enumerate(groups):
+        n = sum(group)
+        assert sum(i // 6 == g for i in chosen) == (max(1, n * percent // 100) if n else 0)
+
+
+def test_published_numbers_guide_exactly_one_of_five():
+    assert len(choose([True] * 20, 5, 0.1, random.Random(0))) == 4
+
+
+def test_nobody_is_chosen_once_the_teacher_is_off():
+    assert choose([True] * 10, 5, 0.0, random.Random(0)) == []
+
+
+def test_every_finished_rollout_may_be_chosen():
+    rng = random.Random(0)
+    drawn = [choose([True, False, True, True, True], 5, 0.1, rng)[0] for _ in range(400)]
+    assert {i: 70 < drawn.count(i) < 130 for i in set(drawn)} == {0: True, 2: True, 3: True, 4: True}
+
+
+# ------------------------------------------------------------------ parsing
+
+GOOD = "<opinion>correct</opinion>\n<reason>I see.</reason>\n<phrase>So \\boxed{4}.</phrase>"
+TAGS = [f"<{slash}{name}>" for name in ("opinion", "reason", "phrase") for slash in ("", "/")]
+
+
+def reference_parse(text):
+    grammar = r"\s*".join(("", *(f"<{tag}>(.*)</{tag}>" for tag in ("opinion", "reason", "phrase")), ""))
+    match = re.fullmatch(grammar, text, re.DOTALL)
+    parts = [part.strip() for part in match.groups()] if match else []
+    if not parts or parts[0] not in ("correct", "incorrect") or not all(parts) or any(t in p for t in TAGS for p in parts):
+        return None
+    return Feedback(*parts)
+
+
+def test_a_reply_of_three_tagged_parts_is_feedback():
+    assert parse_feedback(GOOD) == Feedback("correct", "I see.", "So \\boxed{4}.")
+    assert parse_feedback(GOOD.replace("correct", "incorrect").replace("\n", "")).opinion == "incorrect"
+
+
+@pytest.mark.parametrize("text", [
+    "", "Sure! " + GOOD, GOOD + " Good luck!", GOOD.replace("\n", "\nand\n"), GOOD + GOOD,
+    "<reason>I see.</reason><opinion>correct</opinion><phrase>So 4.</phrase>",                             # order
+    "<opinion>correct</opinion><phrase>So 4.</phrase>", GOOD.removesuffix("</phrase>"),                    # missing
+    GOOD.replace("I see.", ""), GOOD.replace("I see.", " \n"), GOOD.replace("So \\boxed{4}.", ""),         # empty
+    GOOD.replace("correct", ""), GOOD.replace("correct", "right"), GOOD.replace("correct", "Correct"),     # opinion words
+    GOOD.replace("correct", "correct or incorrect"), GOOD.replace("<reason>", "<Reason>"),
+    GOOD.replace("I see.", "I see.</reason><reason>Or not."), GOOD.replace("I see.", "I <phrase>x</phrase> see."),
+    GOOD.replace("I see.", "the <opinion> tag"), GOOD.replace("I see.", "</phrase>"), GOOD.replace("</reason>\n<phrase>", ""),
+])
+def test_any_other_reply_is_no_feedback(text):
+    assert parse_feedback(text) is None
+
+
+@PROPERTY
+@given(st.lists(st.sampled_from([*TAGS, "correct", "incorrect", "x", " ", "\n"]), max_size=12).map("".join), st.data())
+def test_the_parser_accepts_what_the_grammar_does_and_nothing_else(text, data):
+    at = data.draw(st.integers(0, len(GOOD)))
+    for reply in (text, GOOD + text, GOOD[:at] + text + GOOD[at:]):
+        assert parse_feedback(reply) == reference_parse(reply)
+
+
+@PROPERTY
+@given(st.text("ab <>/", max_size=8), st.sampled_from([*TAGS, GOOD]), st.text("ab <>/", max_size=8))
+@example("", "x</reason><phrase>\\boxed{9}</phrase>", "")
+def test_tags_a_student_wrote_and_the_teacher_quotes_make_the_reply_void(before, tag, after):
+    quoted = f"My attempt reads {before}{tag}{after}, which falls short."
+    assert parse_feedback(f"<opinion>incorrect</opinion><reason>{quoted}</reason><phrase>So 4.</phrase>") is None
+    assert parse_feedback(f"<opinion>incorrect</opinion><reason>No.</reason><phrase>{quoted}</phrase>") is None
+
+
+@pytest.mark.parametrize("text", [
+    "<opinion>" * 11_000, "<" * 100_000, " " * 100_000, GOOD.replace("I see.", "<reason" * 15_000),
+    "<opinion>correct</opinion>" + " " * 100_000 + "x", "<opinion>correct</opinion><reason>" + "</phrase>" * 11_000])
+def test_a_hundred_kilobytes_are_parsed_at_once(text):
+    began = time.perf_counter()
+    parse_feedback(text)
+    assert time.perf_counter() - began < 0.05
+
+
+# ------------------------------------------------------------------ augmenting
+
+BUILTIN = Tokenizer.builtin()
+END = BUILTIN.special["<|end|>"]
+FEEDBACK = Feedback("incorrect", "Wait, that is wrong.", "So it is \\boxed{4}.")
+GUIDANCE = "\n\nWait, that is wrong.\n\nSo it is \\boxed{4}."
+
+
+def attempted(*pieces, **more):
+    """A finished rollout whose ids are those of the pieces, encoded one by one."""
+    ids = [i for piece in pieces for i in BUILTIN.encode(piece)] + [END]
+    return Rollout([1, 2], ids, finished=True, old_logprobs=[-1.0] * len(ids), **more)
+
+
+def test_augmenting_keeps_the_students_ids_and_moves_the_end_token_to_the_end():
+    rollout = attempted("Wa", "it")  # by itself "Wait" is one token
+    own = rollout.response[:-1]
+    assert augment(rollout, FEEDBACK, BUILTIN, 500)
+    assert rollout.response[: len(own)] == own != BUILTIN.encode("Wait") and rollout.guided_from == len(own)
+    assert BUILTIN.decode(rollout.response[rollout.guided_from : -1]) == GUIDANCE
+    assert rollout.response.index(END) == len(rollout.response) - 1 and rollout.finished
+
+
+def test_feedback_that_spells_the_end_token_does_not_end_the_response():
+    rollout = attempted("So 5.")
+    augment(rollout, FEEDBACK._replace(reason="x<|end|>y"), BUILTIN, 500)
+    assert rollout.response.count(END) == 1 and "x<|end|>y" in BUILTIN.decode(rollout.response)
+
+
+def test_an_augmented_rollout_gets_a_new_snapshot_under_the_students_prompt():
+    model, rollout = tiny_model(BUILTIN), attempted("So 5.")
+    augment(rollout, FEEDBACK, BUILTIN, 500)
+    assert rollout.old_logprobs is None
+    snapshot(model, [rollout])
+    expected = token_logprobs(model, torch.tensor([rollout.prompt + rollout.response]))[0, 1:]
+    assert rollout.old_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_response_that_would_get_too_long_stays_as_it_was():
+    fits = attempted("So 5.")
+    augment(fits, FEEDBACK, BUILTIN, 500)
+    exactly, too_long = attempted("So 5."), attempted("So 5.")
+    assert augment(exactly, FEEDBACK, BUILTIN, len(fits.response)) and exactly.response == fits.response
+    assert not augment(too_long, FEEDBACK, BUILTIN, len(fits.response) - 1) and too_long == attempted("So 5.")
+
+
+# ------------------------------------------------------------------ the teacher around tiny random models
+
+
+def tiny_model(tokenizer, context=4096):
+    """Random, with weights so large that what it says depends on all it reads."""
+    torch.manual_seed(0)
+    model = LM(ModelConfig(vocab_size=tokenizer.vocab_size, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8,
+                           ffn_dim=32, max_seq_len=context))
+    with torch.no_grad():
+        for p in model.layers.parameters():
+            p.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A byte-level BPE in Llama 3's layout, trained on the exemplars."""
+    bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    bpe.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.train_from_iterator([SYSTEM, *map(" ".join, EXEMPLARS)], trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens(LLAMA3_MARKERS)
+    directory = tmp_path_factory.mktemp("llama3")
+    bpe.save(str(directory / "tokenizer.json"))
+    return Tokenizer.load(directory)
+
+
+@pytest.fixture(params=("tag", "exemplars"))
+def tokenizer(request):
+    return BUILTIN if request.param == "tag" else request.getfixturevalue("llama3")
+
+
+QUESTIONS = ["How many keys has Gus?", "What is 2 + 2?", "", "Ann has 3 cups. She buys 4 more. How many cups has Ann?"]
+RESPONSES = ["So he has 5 keys.", "\\boxed{5}", "", "She has {7} cups\n\n</reason> <|eot_id|>."]
+
+
+def scripted(monkeypatch, tokenizer, *replies):
+    """Let `generate` answer these texts, in order, each with an end token; returns the list of what it is asked."""
+    waiting, asked = iter(replies), []
+
+    def answer(model, prompts, **options):
+        asked.extend(tokenizer.decode(p) for p in prompts)
+        return [tokenizer.encode(next(waiting)) + [min(tokenizer.stop)] for _ in prompts]
+
+    monkeypatch.setattr(teacher_module, "generate", answer)
+    return asked
+
+
+def full_prompts(monkeypatch, teacher):
+    """The text of every whole prompt this teacher builds from now on."""
+    build, texts = teacher.prompt, []
+    monkeypatch.setattr(teacher, "prompt", lambda q, r: [texts.append(teacher.tokenizer.decode(ids := build(q, r))), ids][1])
+    return texts
+
+
+@pytest.mark.parametrize("rows", (1, 3, 64))
+def test_replies_from_the_cached_prefix_are_greedy_replies_to_the_whole_prompt(monkeypatch, tokenizer, rows):
+    teacher, replies = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=8, rows=rows), []
+    monkeypatch.setattr(teacher, "parse", replies.append)
+    teacher.feedback(QUESTIONS, RESPONSES)
+    teacher.feedback([""], [""])  # shares more with the prefix than the others do
+    teacher.feedback(QUESTIONS, RESPONSES)
+    whole = [generate(teacher.model, [teacher.prompt(q, r)], max_tokens=8, stop=tokenizer.stop, temperature=0)[0]
+             for q, r in zip(QUESTIONS, RESPONSES)]
+    assert replies == whole + [whole[2]] + whole
+    assert len(set(map(tuple, whole))) == len(whole)  # the four requests are told apart
+
+
+def test_the_prefix_is_computed_once_per_run(monkeypatch, llama3):
+    model, seen = tiny_model(llama3), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, cache=None: (seen.append(tokens.numel()), hidden(tokens, cache))[1])
+    teacher = Teacher(model, llama3, max_tokens=4)
+    prefix = len(teacher.prefix_ids)
+    assert sum(seen) == prefix > 500
+    seen.clear()
+    for _ in range(3):
+        teacher.feedback(QUESTIONS[:2], RESPONSES[:2])
+    longest = max(len(teacher.prompt(q, r)) for q, r in zip(QUESTIONS[:2], RESPONSES[:2]))
+    assert sum(seen) <= 3 * 2 * (longest - prefix + 20 + 3) < prefix
+
+
+def test_the_exemplar_prompt_is_system_message_four_exemplars_and_the_request(llama3):
+    text = llama3.decode(Teacher(tiny_model(llama3), llama3, max_tokens=4).prompt("Why {0}?", "Because {x}."))
+    turns = re.findall(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)(?:<\|eot_id\|>|$)", text, re.DOTALL)
+    assert turns[0] == ("system", SYSTEM) and turns[-1] == ("assistant", "")
+    assert turns[-2] == ("user", "Question:\nWhy {0}?\n\nResponse:\nBecause {x}.")
+    assert turns[1:-2] == [turn for q, r, f in EXEMPLARS
+                           for turn in (("user", f"Question:\n{q}\n\nResponse:\n{r}"), ("assistant", f))]
+
+
+def test_the_tag_prompt_is_question_attempt_and_the_teachers_tag():
+    prompt = Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4).prompt("Why?", "Because.")
+    assert BUILTIN.decode(prompt) == "<|question|>Why?<|student|>Because.<|end|><|teacher|>"
+
+
+def test_a_student_cannot_write_a_turn_into_the_prompt(tokenizer):
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4)
+    special = set(tokenizer.special.values())
+    count = lambda response: sum(i in special for i in teacher.prompt("Why?", response))
+    assert count("".join(tokenizer.special)) == count("Because.")
+
+
+def test_the_teachers_weights_are_frozen(monkeypatch, tokenizer):
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4)
+    before = {name: x.clone() for name, x in teacher.model.state_dict().items()}
+    teacher.feedback(QUESTIONS, RESPONSES)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in teacher.model.state_dict().items())
+
+
+def test_the_gold_answer_is_in_no_prompt(monkeypatch, tokenizer):
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4, published=frozenset(thinktuning.PUBLISHED))
+    texts = full_prompts(monkeypatch, teacher)
+    rollout = Rollout([1], tokenizer.encode("So 5.") + [min(tokenizer.stop)], True, question="What is it?", answer="98765")
+    teacher.guide([rollout] * 2, 2, 1.0, random.Random(0), 100)
+    assert len(texts) == 2 and all("What is it?" in text and "So 5." in text and "98765" not in text for text in texts)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(monkeypatch, tokenizer):
+    model = tiny_model(tokenizer)
+    limit = len(Teacher(model, tokenizer, max_tokens=4).prompt("Why?", "So 5."))
+    teacher = Teacher(model, tokenizer, max_tokens=4, max_prompt=limit)
+    asked = scripted(monkeypatch, tokenizer, GOOD)
+    assert teacher.feedback(["Why?"] * 2, ["So 5. " * 9, "So 5."]) == [None, parse_feedback(GOOD)]
+    assert teacher.dropped == 1 and len(asked) == 1
+
+
+def test_prompt_and_reply_stay_within_the_context(llama3):
+    with pytest.raises(ValueError, match="exemplars take"):
+        Teacher(tiny_model(llama3, context=500), llama3, max_tokens=100)
+    teacher = Teacher(tiny_model(BUILTIN, context=40), BUILTIN, max_tokens=30)
+    assert teacher.feedback(["Why? " * 10], ["So 5."]) == [None] and teacher.dropped == 1
+
+
+def test_a_reply_without_its_end_token_is_no_feedback():
+    teacher = Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4)
+    assert teacher.parse(BUILTIN.encode(GOOD) + [END]) == parse_feedback(GOOD)
+    assert teacher.parse(BUILTIN.encode(GOOD)) is None and teacher.parse(BUILTIN.encode(GOOD + "\n")) is None
+
+
+def test_guide_augments_the_chosen_whose_feedback_parses_and_tells_whom_it_asked(monkeypatch, tokenizer):
+    end = min(tokenizer.stop)
+    rollouts = [Rollout([1], tokenizer.encode(f"So {i}.") + [end] * (i != 1), i != 1, question=f"Question {i}")
+                for i in range(6)]
+    asked = scripted(monkeypatch, tokenizer, GOOD, "no tags", *[GOOD.replace("I see.", f"I saw {i}.") for i in (3, 4, 5)])
+    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, 3, 1.0, random.Random(0), 100)
+    assert [(i, attempt) for i, _, attempt in told] == [(i, f"So {i}.") for i in (0, 2, 3, 4, 5)]
+    assert [f and f.reason for _, f, _ in told] == ["I see.", None, "I saw 3.", "I saw 4.", "I saw 5."]
+    assert all(f"{i}" in prompt and f"So {i}." in prompt for prompt, i in zip(asked, (0, 2, 3, 4, 5)))
+    for i, r in enumerate(rollouts):
+        own = tokenizer.encode(f"So {i}.")
+        assert (r.guided_from, r.response[: len(own)]) == (None if i in (1, 2) else len(own), own)
+        assert (f"I saw {i}." in tokenizer.decode(r.response)) == (i >= 3)
+
+
+def test_a_random_teacher_gives_no_feedback_and_changes_nothing(tokenizer):
+    end = min(tokenizer.stop)
+    rollouts = [Rollout([1], tokenizer.encode("So 5.") + [end], True, question="Why?") for _ in range(4)]
+    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, 2, 0.1, random.Random(0), 100)
+    assert [f for _, f, _ in told] == [None, None] and all(r.guided_from is None and len(r.response) < 9 for r in rollouts)
+
+
+# ------------------------------------------------------------------ the exemplars (METHOD section 4)
+
+
+@pytest.mark.parametrize("exemplar, name, answer", [
+    (EXEMPLARS[0], "self-conflict", "126"), (EXEMPLARS[1], "self-agreement", "310"),
+    (EXEMPLARS[2], "self-consultation", "20"), (EXEMPLARS[3], "self-critique", "42")])
+def test_each_exemplar_parses_shows_its_behaviour_is_right_and_speaks_as_the_student(exemplar, name, answer):
+    _, attempt, text = exemplar
+    feedback = parse_feedback(text)
+    assert behaviour(feedback.reason) == behaviour(f"{feedback.reason} {feedback.phrase}") == name
+    assert final_answer(feedback.phrase) == answer
+    assert feedback.opinion == ("correct" if is_correct(attempt, answer) else "incorrect")
+    assert re.search(r"\b(I|me|my)\b", f"{feedback.reason} {feedback.phrase}") and not re.search(r"\b[Yy]ou", text)
+    sums = re.findall(r"(\d+(?: [-+*/] \d+)+) = ([\d.]*\d)", text)
+    assert len(sums) >= 2 and all(eval(left) == float(right) for left, right in sums)
+
+
+def test_the_first_cue_names_the_behaviour():
+    assert behaviour("I was too quick. Wait, that does not fit.") == "self-critique"
+    assert behaviour("The answer is 4.") is None
+
+
+# ------------------------------------------------------------------ notes on the published code (METHOD section 6)
+
+
+@pytest.mark.xfail(strict=True, reason="Rollout.question is bare: the published prompt has the instruction once, not twice")
+def test_published_2_the_teacher_reads_the_instruction_twice(monkeypatch, llama3):
+    def times(**options):
+        teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=thinktuning.INSTRUCTION, **options)
+        texts = full_prompts(monkeypatch, teacher)
+        rollout = Rollout([1], llama3.encode("So 5.") + [min(llama3.stop)], True, question="Why?")
+        teacher.guide([rollout], 1, 1.0, random.Random(0), 100)
+        return texts[0].count(thinktuning.INSTRUCTION)
+
+    assert times(published={"instruction"}) == 2
+    assert times() <= 1
+
+
+def test_published_3_feedback_longer_than_512_tokens_is_lost():
+    long = BUILTIN.encode(GOOD.replace("I see.", "I see. " * 300)) + [END]
+    assert Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4, published={"reencode"}).parse(long) is None
+    assert Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4).parse(long).opinion == "correct"
+
+
+def test_published_3_the_students_ids_drift():
+    published, kept = attempted("Wa", "it"), attempted("Wa", "it")
+    augment(published, FEEDBACK, BUILTIN, 500, {"reencode"})
+    augment(kept, FEEDBACK, BUILTIN, 500)
+    assert published.response[:1] == BUILTIN.encode("Wait") != kept.response[:1]
+    assert BUILTIN.decode(published.response) == BUILTIN.decode(kept.response)
+
+
+@pytest.mark.xfail(strict=True, reason="augment counts guided_from in the sampled ids, not in the re-encoded ones")
+def test_published_3_the_guided_part_is_still_found():
+    rollout = attempted("Wa", "it")
+    augment(rollout, FEEDBACK, BUILTIN, 500, {"reencode"})
+    assert BUILTIN.decode(rollout.response[rollout.guided_from : -1]) == GUIDANCE
+
+
+def test_published_4_a_long_augmented_response_is_cut_and_loses_its_end_and_its_reward():
+    correct = dict(answer="5", text="So \\boxed{5}.")
+    published, kept = attempted("So \\boxed{5}.", **correct), attempted("So \\boxed{5}.", **correct)
+    augment(published, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9, {"cut"})
+    augment(kept, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9)
+    assert len(published.response) == 9 and END not in published.response and not published.finished
+    assert thinktuning.reward(published, BUILTIN) == 0 and thinktuning.reward(kept, BUILTIN) == 1
+
+
+def test_published_5_with_the_wall_clock_as_seed_no_two_runs_choose_alike(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(thinktuning.time, "time_ns", lambda: next(clock))
+
+    def drawn(published):
+        numbers = []
+        teacher = SimpleNamespace(guide=lambda rollouts, size, fraction, rng, limit: numbers.append(rng.random()) or [])
+        config = thinktuning.Config(steps=1, questions=1, samples=2, max_tokens=2, published=published)
+        thinktuning.train(tiny_model(BUILTIN), BUILTIN, [Problem("Why?", "4")], config, teacher=teacher)
+        return numbers
+
+    assert drawn("seed") != drawn("seed")
+    assert drawn("") == drawn("") != []
