@@ -307,6 +307,7 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "whole trajectory guided": ({"guided_tokens": "trajectory"}, None),
         "teacher for the whole run": ({"schedule": "constant"}, None),
         "feedback shuffled": ({}, shuffled),
+        "thinking has a price": ({"length_cost": 0.4}, None),
         "GRPO": ({"method": "grpo"}, None),
         "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
     },
@@ -340,4 +341,6 @@ def ablate(base, tokenizer, config, which, repeats, out):
     print(f"\n{which}: {len(problems)} {split} problems, {repeats} training seeds; mean ± standard error over seeds")
     for name, outcomes in rows.items():
         cells = [mean_and_se([o[key] for o in outcomes]) for key in ("accuracy", "reflection_rate")]
-        print(f"{name:<30} accuracy {cells[0][0]:.3f} ± {cells[0][1]:.3f}   reflects {cells[1][0]:.3f} ± {cells[1][1]:.3f}")
+        by_operations = " ".join(f"{mean_and_se([o[f'reflection_{n}_operations'] for o in outcomes])[0]:.2f}" for n in wordproblems.DIFFICULTY)
+        print(f"{name:<30} accuracy {cells[0][0]:.3f} ± {cells[0][1]:.3f}   reflects {cells[1][0]:.3f} ± {cells[1][1]:.3f}"
+              f"   by operations {by_operations}")

@@ -32,10 +32,11 @@ def group_advantages(rewards):
 
     A group whose rewards are all equal gets zeros: it carries no signal.
     """
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # not left to rounding, which 1e-6 would blow up
+    if equal.all():
+        return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if rewards.shape[1] == 1:
-        return centred  # a group of one has no spread to measure
-    return centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
+    return (centred / (rewards.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)  # std uses n-1
 
 
 def shaping_coefficient(advantages, gamma_min=0.001, gamma_max=-0.001, a_min=-4.0, a_max=4.0, published=False):
@@ -71,51 +72,53 @@ def clipped_loss(ratio, advantages, clip=0.2, dual_clip: float | None = 3.0):
     return loss, clipped > plain, dual_bound
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=0.2, dual_clip=3.0, unlikely=0.01,
-                shaping="aas", guards=True, published_dual_clip=False, kl_coef=0.0, ref_logprobs=None, **coefficients):
-    """Mean loss over the tokens in `mask` and its metrics. METHOD section 3.
+def policy_loss(logprobs, old_logprobs, advantages, mask, guided=None, **options):
+    """Mean loss over the tokens in `mask` and its metrics; options and metrics are those of token_losses."""
+    losses, measured = token_losses(logprobs, old_logprobs, advantages, mask, guided, **options)
+    loss = losses.sum() / mask.sum().clamp(min=1)
+    means = {key: (values.sum() / where.sum().clamp(min=1)).item() for key, (values, where) in measured.items()}
+    return loss, {"loss": loss.item(), **means}
 
-    logprobs, old_logprobs, mask, guided: (B, T); advantages: (B, T) or (B, 1). Guided tokens are weighed by
-    `shaping`: "aas" (w), "ratio" (none of it: PPO-clip like every token) or "likelihood" (−Â·log π).
-    `coefficients` go to shaping_coefficient; `published_dual_clip` leaves the dual clip out where nothing is guided.
-    `kl_coef` adds the k3 estimate of KL(π_θ ‖ π_ref). Raises ValueError where the shapes do not fit.
+
+def token_losses(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=0.2, dual_clip: float | None = 3.0,
+                 unlikely=0.01, shaping="aas", guards=True, kl_coef=0.0, ref_logprobs=None, **coefficients):
+    """The loss of every token (B, T), 0 outside `mask`, and {metric: (values, the tokens it is a mean over)}.
+
+    METHOD section 3. logprobs, old_logprobs, mask, guided: (B, T); advantages: (B, T) or (B, 1). Guided tokens are
+    weighed by `shaping`: "aas" (w), "ratio" (none of it: PPO-clip like every token) or "likelihood" (−Â·log π).
+    `coefficients` go to shaping_coefficient; `kl_coef` adds the k3 estimate of KL(π_θ ‖ π_ref).
     """
-    if not logprobs.shape == old_logprobs.shape == mask.shape or advantages.shape[0] != logprobs.shape[0]:
+    B, T = logprobs.shape
+    if not old_logprobs.shape == mask.shape == (B, T) or advantages.shape not in ((B, 1), (B, T)):
         raise ValueError(f"policy_loss: logprobs {tuple(logprobs.shape)}, old_logprobs {tuple(old_logprobs.shape)}, "
                          f"mask {tuple(mask.shape)} and advantages {tuple(advantages.shape)} do not fit together")
     mask = mask.bool()
     guided = torch.zeros_like(mask) if guided is None else guided.bool() & mask
-    advantages = advantages.to(logprobs.dtype).expand_as(logprobs)
     # Padding may hold anything, also NaN; 0 keeps it out of both the loss and its gradient.
-    logprobs, old_logprobs = logprobs.masked_fill(~mask, 0.0), old_logprobs.masked_fill(~mask, 0.0)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # half precision is too coarse to sum in
+    logprobs, old_logprobs, advantages = (x.to(dtype).expand(B, T).masked_fill(~mask, 0.0)
+                                          for x in (logprobs, old_logprobs, advantages))
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is far beyond every clip and far from overflow
 
-    no_dual_clip = published_dual_clip and not guided.any()
-    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, clip, None if no_dual_clip else dual_clip)
+    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, clip, dual_clip)
     pi = logprobs.detach().exp()
     shaped = guided & ~((advantages < 0) & (pi < unlikely)) if shaping != "ratio" else torch.zeros_like(mask)  # guard (c)
-    weight = shaped_ratio(logprobs, advantages, guards, **coefficients)  # w
+    # Elsewhere log π counts as 0: unguarded, a w of 0/0 that nobody uses would still send NaN back through where().
+    weight = shaped_ratio(logprobs.masked_fill(~guided, 0.0), advantages, guards, **coefficients)  # w
     if shaping == "aas":
         loss = torch.where(shaped, -advantages * weight, loss)  # ℓ = −Â·w, unclipped
     elif shaping == "likelihood":
         loss = torch.where(shaped, -advantages * logprobs, loss)
     if kl_coef:
-        log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)
         loss = loss + kl_coef * (log_r.exp() - 1 - log_r)  # k3
 
-    def mean(x, where=mask):
-        return (x.detach() * where).sum().item() / max(1, int(where.sum()))
-
     ordinary = mask & ~shaped
-    metrics = {
-        "kl_old": mean(ratio.detach() - 1 - log_ratio.detach()),  # k3 estimate of KL(π_old ‖ π_θ)
-        "clip_fraction": mean(clipped & ordinary), "dual_clip_fraction": mean(dual_clipped & ordinary),
-        "guided_share": mean(guided), "shaped_share": mean(shaped),
-        "w_guided": mean(weight, guided), "pi_guided": mean(pi, guided),
-    }
-    total = (loss * mask).sum() / mask.sum().clamp(min=1)
-    return total, {"loss": total.item(), **metrics}
+    means = {"kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
+             "clip_fraction": (clipped & ordinary, mask), "dual_clip_fraction": (dual_clipped & ordinary, mask),
+             "guided_share": (guided, mask), "shaped_share": (shaped, mask), "w_guided": (weight, guided), "pi_guided": (pi, guided)}
+    return loss * mask, {key: (values.detach() * where, where) for key, (values, where) in means.items()}
 
 
 def token_logprobs(model, tokens, where=None, entropy=False):
@@ -176,18 +179,19 @@ def snapshot(model, rollouts, micro_batch=16384):
 
 
 def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guidance", max_grad_norm=1.0,
-           reference=None, **loss_options):
+           reference=None, published_dual_clip=False, **loss_options):
     """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
 
     The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
-    a KL term they are not computed, but their tokens count in the mean. A gradient that is not finite is not applied;
-    metrics["skipped"] is then 1.
+    a KL term they are not computed, but their tokens count in the mean loss. A gradient that is not finite is not
+    applied; metrics["skipped"] is then 1. `published_dual_clip` leaves the dual clip out where no rollout is guided.
     """
     snapshot(model, rollouts, micro_batch)
-    total = sum(len(r.response) for r in rollouts)
+    if published_dual_clip and all(r.guided_from is None for r in rollouts):
+        loss_options["dual_clip"] = None
+    total = max(1, sum(len(r.response) for r in rollouts))
     active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
-    metrics = {"skipped": 0.0, "active_share": sum(len(r.response) for r in active) / max(1, total)}
-    sums, counts = Counter(), Counter()
+    sums, counts = Counter(loss=0.0), Counter(loss=total)
     optimizer.zero_grad(set_to_none=True)
     for batch in micro_batches(active, micro_batch):
         tokens, mask, guided, old, advantages = collate(batch, guided_tokens, model.device)
@@ -195,20 +199,16 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
         if reference is not None:
             with torch.no_grad():
                 loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask)
-        loss, means = policy_loss(logprobs, old, advantages, mask, guided, **loss_options)
-        n, n_guided = int(mask.sum()), int(guided.sum())
-        (loss * (n / total)).backward()
-        means["entropy"] = entropy.sum().item() / n
-        for key, value in means.items():
-            tokens_meant = n_guided if key in ("w_guided", "pi_guided") else n
-            sums[key] += value * tokens_meant
-            counts[key] += total if key == "loss" and not counts[key] else 0 if key == "loss" else tokens_meant
-    metrics |= {key: sums[key] / max(1, counts[key]) for key in sums}
+        losses, measured = token_losses(logprobs, old, advantages, mask, guided, **loss_options)
+        (losses.sum() / total).backward()
+        for key, (values, where) in {**measured, "entropy": (entropy, mask)}.items():
+            sums[key] += values.sum().item()
+            counts[key] += int(where.sum())
+        sums["loss"] += losses.sum().item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    metrics["grad_norm"] = norm.item()
-    if not torch.isfinite(norm):
-        metrics["skipped"] = 1.0
-    elif active:
+    finite = bool(torch.isfinite(norm))
+    if active and finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return metrics
+    return {**{key: sums[key] / n for key, n in counts.items() if n}, "grad_norm": norm.item(), "skipped": float(not finite),
+            "active_share": sum(len(r.response) for r in active) / total}

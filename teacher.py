@@ -24,7 +24,7 @@ def guidance_fraction(step: int, total_steps: int, shape="linear", initial=0.1, 
 
     Decays from `initial` to `minimum` over the first third; every shape only falls, so off stays off.
     """
-    progress = min(1.0, step / (total_steps / 3))
+    progress = min(1.0, 3 * step / max(1, total_steps))
     if shape == "constant":
         p = initial
     elif shape == "linear":
@@ -73,11 +73,11 @@ class Teacher:
 
     `style` "exemplars" puts the system message and four worked exemplars before each request; "tag" is the request
     alone, for the tiny model, which has read the format in pretraining. The exemplars are the same for every request
-    and the weights never change, so their keys and values are computed once.
+    and the weights never change, so their keys and values are computed once. The model given is frozen in place.
     """
 
     def __init__(self, model: LM, tokenizer, *, max_tokens=1024, max_prompt=3072, instruction="", published=frozenset(),
-                 style: str | None = None, behaviour: str | None = None, rows=64):
+                 style: str | None = None, rows=64):
         self.model, self.tokenizer, self.max_tokens, self.rows = model.eval().requires_grad_(False), tokenizer, max_tokens, rows
         self.max_prompt = min(max_prompt, model.config.max_seq_len - max_tokens)
         if self.max_prompt < 1:
@@ -99,7 +99,8 @@ class Teacher:
         if self.style == "tag":
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
             return self.tokenizer.render(messages, reply_as="teacher")
-        if "instruction" in self.published:  # the question ends with it already; the published prompt adds it again
+        question = f"{question} {self.instruction}".strip()  # as the student was asked
+        if "instruction" in self.published:  # the published prompt adds it again
             question = f"{question} {self.instruction}"
         messages = [{"role": "system", "content": SYSTEM}]
         for shown_question, attempt, feedback in EXEMPLARS:
@@ -149,9 +150,9 @@ def augment(rollout, feedback: Feedback, tokenizer, max_tokens: int, published=f
     """
     attempt, end = rollout.response[:-1], rollout.response[-1:]
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
-    augmented = attempt + tokenizer.encode(guidance) + end
     if "reencode" in published:  # ids rebuilt from text are not always the ids that were sampled
-        augmented = tokenizer.encode(tokenizer.decode(attempt) + guidance) + end
+        attempt = tokenizer.encode(tokenizer.decode(attempt))
+    augmented = attempt + tokenizer.encode(guidance) + end
     if len(augmented) > max_tokens:
         if "cut" not in published:
             return False

@@ -414,7 +414,6 @@ def test_the_first_cue_names_the_behaviour():
 # ------------------------------------------------------------------ notes on the published code (METHOD section 6)
 
 
-@pytest.mark.xfail(strict=True, reason="Rollout.question is bare: the published prompt has the instruction once, not twice")
 def test_published_2_the_teacher_reads_the_instruction_twice(monkeypatch, llama3):
     def times(**options):
         teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=thinktuning.INSTRUCTION, **options)
@@ -441,7 +440,6 @@ def test_published_3_the_students_ids_drift():
     assert BUILTIN.decode(published.response) == BUILTIN.decode(kept.response)
 
 
-@pytest.mark.xfail(strict=True, reason="augment counts guided_from in the sampled ids, not in the re-encoded ones")
 def test_published_3_the_guided_part_is_still_found():
     rollout = attempted("Wa", "it")
     augment(rollout, FEEDBACK, BUILTIN, 500, {"reencode"})

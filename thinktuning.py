@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -54,6 +55,8 @@ class Config:
     max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
     rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)", least=1)
+    length_cost: float = option(0.0, "rollouts", "once the teacher is gone, a right answer of n tokens earns 1 - this * n / L",
+                                least=0, most=1)
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
     micro_batch: int = option(16384, "update", "tokens of one forward pass (memory; changes no result)", least=1)
@@ -89,6 +92,8 @@ class Config:
             value, limits, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{flag} must be a finite number, not {value}")
+            if limits.get("choices") and value not in limits["choices"]:
+                raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
             for bound, bad, words in (("least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
                                       ("most", lambda v, b: v > b, "at most")):
                 if bound in limits and bad(value, limits[bound]):
@@ -116,7 +121,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay)
-    reference = teacher.model if config.kl_coef and teacher else None
+    reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
     steps = config.steps or max(1, len(problems) // config.questions)
     batches = question_batches(problems, config.questions, config.seed)
     history = []
@@ -125,16 +130,20 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             began = time.perf_counter()
             rollouts = sample_rollouts(student, tokenizer, next(batches), config, generator)  # 1
             metrics = {"step": step, **describe_sampled(rollouts)}
-            fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
+            fraction = 0.0
+            if teacher is not None:
+                fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
             asked = []
-            if teacher is not None and fraction > 0:
+            if fraction > 0:
                 asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens)  # 2-5
             for r in rollouts:
                 r.reward = reward(r, tokenizer)  # 6
+                if fraction == 0:
+                    r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
             rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
             for r, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
                 r.advantage = advantage  # 7
-            metrics |= {"reward": rewards.mean().item(), "fraction": fraction if teacher else 0.0,
+            metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
             metrics |= learn(student, optimizer, rollouts, config, published, reference)  # 8
             metrics["tokens_per_second"] = sum(len(r.response) for r in rollouts) / (time.perf_counter() - began)
@@ -208,7 +217,8 @@ def learn(student, optimizer, rollouts, config, published, reference) -> dict[st
                 dual_clip=config.dual_clip, unlikely=config.unlikely, shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef,
                 gamma_min=config.gamma_min, gamma_max=config.gamma_max, published="gamma" in published,
                 published_dual_clip="dual-clip" in published))
-    return {key: sum(r.get(key, 0.0) for r in results) / len(results) for key in sorted(set().union(*results))}
+    seen = {key: [r[key] for r in results if key in r] for r in results for key in r}  # a mean over no tokens is absent
+    return {key: sum(values) / len(values) for key, values in seen.items()}
 
 
 def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0):

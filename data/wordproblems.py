@@ -23,7 +23,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 VERBS = {"+": ("finds {} more", "buys {} more"), "-": ("loses {}", "sells {}"),
          "*": ("doubles them",), "/": ("gives half away",)}
 MOST = 20  # every count stays within 1..20
-DIFFICULTY = {1: 1, 2: 1, 3: 1, 4: 1}  # number of operations: how often
+DIFFICULTY = {1: 1, 2: 2, 3: 2, 4: 2}  # number of operations: how often
 SIZES = {"train": 8000, "validation": 1000, "test": 1000}
 
 

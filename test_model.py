@@ -1,0 +1,574 @@
+"""Tests of model.py and weights.py: against the same model without its cache, plain Python, and transformers."""
+
+import errno
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import weights
+from model import LM, KVCache, ModelConfig, generate, prefill, sample
+
+PROPERTY = settings(max_examples=40, deadline=None)
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}  # with theta 100: of 8 frequencies 2 are kept, 2 blended, 4 divided
+SMALL = ModelConfig(vocab_size=61, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, norm_eps=0.03,
+                    rope_theta=100.0, max_seq_len=64)
+CONFIGS = {
+    "llama": SMALL,
+    "llama tied, scaled rope": replace(SMALL, tie_embeddings=True, rope_scaling=LLAMA3_ROPE),
+    "qwen2": replace(SMALL, qkv_bias=True),
+    "qwen3 tied": replace(SMALL, qk_norm=True, tie_embeddings=True),
+}
+
+
+def liven(module, seed=0):
+    """Weights so large that attention decides: at std 0.02 a tied model repeats its last token, right or wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name))
+    return module.eval()
+
+
+MODEL = liven(LM(CONFIGS["llama tied, scaled rope"]))
+STOP = range(0, 61, 7)  # 9 of 61 tokens: some responses finish at once, some never
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randint(0, SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts_of(*lengths, seed=0):
+    return [random_tokens(n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+def uncached(ids, model=MODEL):
+    """The reference: logits (T, V) of one unpadded sequence."""
+    return model(torch.tensor([ids]))[0]
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------ the cache
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.lists(st.integers(1, 4), min_size=1, max_size=5),
+       st.sampled_from([0, 1, 7]), st.sampled_from(list(CONFIGS)), st.integers(0, 2**32))
+def test_cached_logits_are_the_uncached_ones_at_every_position(lengths, chunks, shared, name, seed):
+    """Ragged prompts behind a shared prefix (or none), then continued one to four tokens at a time."""
+    model = liven(LM(CONFIGS[name]))
+    rows = random_tokens(len(lengths), 12 + sum(chunks), seed=seed)
+    rows_after_prefix = [row[:n].tolist() for row, n in zip(rows, lengths)]
+    head = random_tokens(shared, seed=seed + 1)
+    expected = torch.stack([uncached(head.tolist() + row.tolist(), model)[shared:] for row in rows])  # (B, T, V)
+    prefix = prefill(model, [head.tolist()])[0] if shared else None
+
+    filled, logits = prefill(model, rows_after_prefix, prefix)
+    here = torch.tensor(lengths)
+    each = torch.arange(len(lengths))
+    assert_close(logits, expected[each, here - 1])
+    cache = KVCache(model, len(lengths), shared + max(lengths) + sum(chunks))
+    cache.copy_from(filled)
+    for n in chunks:
+        columns = here[:, None] + torch.arange(n)
+        with torch.no_grad():
+            logits = model(rows[each[:, None], columns], cache)
+        assert_close(logits, expected[each[:, None], columns])
+        here = here + n
+
+
+def test_padding_inside_a_prefilled_batch_changes_no_position():
+    prompts = prompts_of(3, 9, 1)
+    cache = KVCache(MODEL, 3, 9)
+    with torch.no_grad():
+        logits = MODEL(torch.tensor([p + [0] * (9 - len(p)) for p in prompts]), cache)
+    for row, prompt in zip(logits, prompts):
+        assert_close(row[: len(prompt)], uncached(prompt))
+
+
+def test_rows_that_stay_keep_their_own_keys_and_lengths():
+    prompts = prompts_of(5, 2, 8, 3, 6)
+    filled, _ = prefill(MODEL, prompts)
+    cache = KVCache(MODEL, 5, 9)
+    cache.copy_from(filled)
+    kept = cache.drop(torch.tensor([True, False, True, False, False])).tolist()
+    assert sorted(kept) == [1, 3, 4]
+    with torch.no_grad():
+        logits = MODEL(torch.full((3, 1), 7), cache)[:, 0]
+    assert_close(logits, torch.stack([uncached(prompts[i] + [7])[-1] for i in kept]))
+
+
+def test_a_full_cache_is_refused():
+    cache, _ = prefill(MODEL, prompts_of(4))
+    with pytest.raises(ValueError, match="holds 4 positions, 5 are needed"):
+        MODEL(torch.tensor([[1]]), cache)
+
+
+# ------------------------------------------------------------------ generate
+
+
+def argmax_loop(prompt, max_tokens):
+    response = []
+    while len(response) < max_tokens and not (response and response[-1] in STOP):
+        response.append(uncached(prompt + response)[-1].argmax().item())
+    return response
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_generation_is_argmax_token_by_token_without_a_cache(seed):
+    prompts = prompts_of(4, 1, 11, 6, 2, seed=10 * seed)
+    expected = [argmax_loop(p, 12) for p in prompts]
+    assert len(set(map(len, expected))) > 1  # rows leave at different steps
+    assert generate(MODEL, prompts, max_tokens=12, stop=STOP, temperature=0) == expected
+
+
+def test_a_prefix_in_the_cache_is_a_prefix_of_every_prompt():
+    head, prompts = prompts_of(6)[0], prompts_of(3, 8, 1, seed=5)
+    options = dict(max_tokens=10, stop=STOP, samples=4)
+    cached = generate(MODEL, prompts, prefix=prefill(MODEL, [head])[0], generator=torch.Generator().manual_seed(0), **options)
+    assert cached == generate(MODEL, [head + p for p in prompts], generator=torch.Generator().manual_seed(0), **options)
+
+
+def record_shapes(monkeypatch):
+    shapes, hidden = [], LM.hidden
+    monkeypatch.setattr(LM, "hidden", lambda self, tokens, cache=None: shapes.append(tuple(tokens.shape)) or hidden(self, tokens, cache))
+    return shapes
+
+
+def test_a_prompt_is_computed_once_for_all_samples_and_finished_rows_leave_the_batch(monkeypatch):
+    shapes = record_shapes(monkeypatch)
+    responses = generate(MODEL, prompts_of(3, 9), max_tokens=12, stop=STOP, samples=8, generator=torch.Generator().manual_seed(0))
+    running = [sum(len(r) > t for r in responses) for t in range(1, 12)]  # samples that need a token t
+    assert running[0] < 16 and 0 < running[-1] < running[3]  # some finish at once, some never
+    assert shapes == [(2, 9)] + [(n, 1) for n in running]
+
+
+def test_generation_ends_with_its_last_row(monkeypatch):
+    shapes = record_shapes(monkeypatch)
+    assert generate(MODEL, prompts_of(5), max_tokens=50, stop=range(61), samples=3, temperature=0) == 3 * [argmax_loop(prompts_of(5)[0], 1)]
+    assert shapes == [(1, 5)]
+
+
+def test_a_finished_response_holds_one_stop_token_at_its_end():
+    responses = generate(MODEL, prompts_of(4, 7), max_tokens=10, stop=STOP, samples=20, generator=torch.Generator().manual_seed(0))
+    finished = [r for r in responses if r[-1] in STOP]
+    cut = [r for r in responses if r[-1] not in STOP]
+    assert finished and cut and len(responses) == 40
+    assert all(sum(t in STOP for t in r) == 1 for r in finished)
+    assert all(len(r) == 10 and not any(t in STOP for t in r) for r in cut)
+
+
+def test_responses_come_question_by_question():
+    prompts = prompts_of(2, 5, 9)
+    expected = [argmax_loop(p, 6) for p in prompts for _ in range(3)]
+    assert generate(MODEL, prompts, max_tokens=6, stop=STOP, samples=3, temperature=0) == expected
+
+
+def test_the_generator_decides_everything_and_nothing_else_is_drawn_from():
+    def run(seed):
+        return generate(MODEL, prompts_of(3, 6), max_tokens=10, stop=STOP, samples=4, generator=torch.Generator().manual_seed(seed))
+
+    first, state = run(0), torch.get_rng_state()
+    torch.rand(7)
+    assert run(0) == first != run(1)
+    torch.set_rng_state(state)
+    run(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_response_does_not_depend_on_its_neighbours(place):
+    def response(neighbour_seed):
+        prompts = prompts_of(2, 9, 4, 6, seed=neighbour_seed)
+        prompts[place] = prompts_of(5, seed=99)[0]
+        responses = generate(MODEL, prompts, max_tokens=12, stop=STOP, generator=torch.Generator().manual_seed(3 + place))
+        return responses.pop(place), responses
+
+    (a, neighbours), *others = [response(seed) for seed in (10, 20, 30)]
+    assert all(a == b and neighbours != n for b, n in others)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (1.5, 0.8)])
+def test_sampled_log_probs_are_the_models_own_whatever_the_temperature(temperature, top_p):
+    prompts = prompts_of(3, 8)
+    responses, logs = generate(MODEL, prompts, max_tokens=10, stop=STOP, samples=4, temperature=temperature, top_p=top_p,
+                               generator=torch.Generator().manual_seed(0), logprobs=True)
+    for prompt, response, log in zip([p for p in prompts for _ in range(4)], responses, logs, strict=True):
+        expected = uncached(prompt + response).log_softmax(-1)[len(prompt) - 1 : -1]  # (len(response), V)
+        assert_close(torch.tensor(log), expected[torch.arange(len(response)), response])
+
+
+def test_every_step_is_seen_while_it_happens():
+    seen = [[] for _ in range(6)]
+
+    def on_step(rows, tokens):
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            seen[row].append(token)
+
+    responses = generate(MODEL, prompts_of(3, 5), max_tokens=10, stop=STOP, samples=3, generator=torch.Generator().manual_seed(0), on_step=on_step)
+    assert seen == responses
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="at least|1 to"):
+        generate(MODEL, [[1, 2], []], max_tokens=4, stop=STOP)
+
+
+def test_a_prompt_may_fill_the_context_and_no_more():
+    head, full = prefill(MODEL, prompts_of(10))[0], prompts_of(64 - 4 - 10)
+    generate(MODEL, full, max_tokens=4, stop=(), prefix=head)
+    with pytest.raises(ValueError, match="context is 64"):
+        generate(MODEL, [full[0] + [1]], max_tokens=4, stop=(), prefix=head)
+
+
+def test_no_prompts_give_no_responses():
+    assert generate(MODEL, [], max_tokens=4, stop=STOP) == []
+    assert generate(MODEL, [], max_tokens=4, stop=STOP, logprobs=True) == ([], [])
+
+
+# ------------------------------------------------------------------ sample
+
+
+def naive_distribution(logits, temperature, top_p):
+    """Plain Python, float64: {token: probability} of the fewest likeliest tokens that together reach top_p."""
+    weight = {token: math.exp(x / temperature) for token, x in enumerate(logits)}
+    total, nucleus = sum(weight.values()), {}
+    for token in sorted(weight, key=weight.get, reverse=True):
+        if sum(nucleus.values()) < top_p * total:
+            nucleus[token] = weight[token]
+    return {token: w / sum(nucleus.values()) for token, w in nucleus.items()}
+
+
+@PROPERTY
+@given(st.lists(st.floats(-4, 4), min_size=1, max_size=9, unique_by=lambda x: round(x, 2)), st.sampled_from([0.3, 1.0, 2.5]),
+       st.sampled_from([1.0, 0.95, 0.6, 0.1]))
+def test_an_even_grid_of_uniforms_draws_each_token_its_naive_share(logits, temperature, top_p):
+    n = 10_000
+    uniform = (torch.arange(n) + 0.5) / n
+    tokens, _ = sample(torch.tensor(logits).expand(n, -1), uniform, temperature, top_p)
+    counts = torch.bincount(tokens, minlength=len(logits)).tolist()
+    expected = naive_distribution(logits, temperature, top_p)
+    assert all(abs(count - n * expected.get(token, 0)) <= 2 for token, count in enumerate(counts))
+    assert sum(counts[token] for token in expected) == n  # nothing at all from outside the nucleus
+
+
+def test_tokens_of_probability_zero_are_never_drawn():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf])
+    uniform = torch.tensor([2**-24, 0.2, 0.9, 1.0])  # the smallest, two of the middle, the largest
+    tokens, _ = sample(logits.expand(4, -1), uniform, 1.0, 1.0)
+    assert tokens.tolist() == [1, 1, 3, 3]
+
+
+def test_generated_tokens_are_distributed_like_the_models_probabilities():
+    prompt, n = prompts_of(5)[0], 4000
+    responses = generate(MODEL, [prompt], max_tokens=1, stop=STOP, samples=n, temperature=1.5, generator=torch.Generator().manual_seed(0))
+    expected = n * (uncached(prompt)[-1] / 1.5).softmax(-1)
+    counts = torch.bincount(torch.tensor(responses).flatten(), minlength=61).float()
+    rare = expected < 5  # one cell together
+    observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    cells = len(observed)
+    assert cells > 10
+    assert ((observed - expected) ** 2 / expected).sum() < cells + 4 * math.sqrt(2 * cells)
+
+
+# ------------------------------------------------------------------ transformers is the reference
+
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
+SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64, rms_norm_eps=0.03, pad_token_id=None, bos_token_id=None, eos_token_id=0)
+PEERS = {
+    "llama": transformers.LlamaConfig(**SIZES, rope_parameters=ROPE),
+    "llama tied, scaled rope, head_dim": transformers.LlamaConfig(
+        **SIZES, head_dim=16, rope_parameters={**LLAMA3_ROPE, "rope_theta": 100.0}, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SIZES, rope_parameters=ROPE, use_sliding_window=False, sliding_window=4, max_window_layers=1),
+    "qwen2 tied": transformers.Qwen2Config(**SIZES, rope_parameters=ROPE, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=ROPE),
+    "qwen3 tied": transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=ROPE, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=PEERS)
+def peer(request, tmp_path):
+    """A transformers model and the directory it wrote."""
+    model = liven(transformers.AutoModelForCausalLM.from_config(PEERS[request.param]))
+    model.save_pretrained(tmp_path / "peer")
+    return model, tmp_path / "peer"
+
+
+TOKENS = random_tokens(3, 50)
+
+
+@torch.no_grad()
+def peer_logits(model):
+    return model(TOKENS).logits
+
+
+def edit(path, **changes):
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**content, **changes}.items() if v is not None}))
+
+
+def test_a_directory_written_by_transformers_gives_its_logits(peer):
+    model, directory = peer
+    with torch.no_grad():
+        assert_close(LM.load(directory)(TOKENS), peer_logits(model))
+
+
+def test_the_older_spelling_of_rope_and_dtype_means_the_same(peer):
+    model, directory = peer
+    rope = dict(model.config.rope_parameters)
+    edit(directory / "config.json", rope_parameters=None, rope_theta=rope.pop("rope_theta"), torch_dtype="float32", dtype=None,
+         rope_scaling=rope if rope["rope_type"] == "llama3" else None)
+    with torch.no_grad():
+        assert_close(LM.load(directory)(TOKENS), peer_logits(model))
+
+
+def test_a_loaded_trained_and_saved_directory_gives_transformers_the_new_logits(peer, tmp_path):
+    ours = liven(LM.load(peer[1]), seed=1)
+    ours.save(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs) is type(peer[0])
+    with torch.no_grad():
+        assert_close(ours(TOKENS), peer_logits(theirs))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_made_here_is_saved_so_that_transformers_gives_its_logits(name, tmp_path):
+    ours = liven(LM(CONFIGS[name]))
+    ours.save(tmp_path / "ours")
+    with torch.no_grad():
+        assert_close(ours(TOKENS), peer_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")))
+
+
+def test_a_tied_head_that_is_written_out_as_well_is_read(tmp_path):
+    MODEL.save(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    model = LM.load(tmp_path / "model")
+    assert model.head.weight is model.embed.weight
+    assert_same_bits(model, MODEL)
+
+
+# ------------------------------------------------------------------ save and load
+
+
+def assert_same_bits(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)  # dtype and shape too
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_comes_back_to_the_bit(name, tmp_path):
+    model = liven(LM(CONFIGS[name]))
+    model.save(tmp_path / "a" / "new" / "model")
+    back = LM.load(tmp_path / "a" / "new" / "model")
+    assert back.config == model.config
+    assert_same_bits(back, model)
+
+
+def test_bfloat16_is_read_and_written_as_such(tmp_path):
+    MODEL.save(tmp_path / "float32")
+    half = LM.load(tmp_path / "float32", dtype=torch.bfloat16)
+    assert_same_bits(half, liven(LM(MODEL.config)).to(torch.bfloat16))
+    half.save(tmp_path / "bfloat16")
+    assert {t.dtype for t in load_file(tmp_path / "bfloat16" / "model.safetensors").values()} == {torch.bfloat16}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16
+    assert_same_bits(LM.load(tmp_path / "bfloat16"), half.to(torch.float32))
+
+
+def test_a_stale_dtype_in_the_config_is_replaced(tmp_path):
+    MODEL.save(tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    LM.load(tmp_path / "model").save(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {config.get("dtype", "float32"), config.get("torch_dtype", "float32")} == {"float32"}
+
+
+def test_rope_frequencies_stay_exact_in_bfloat16():
+    model = liven(LM(MODEL.config))
+    exact = model.inv_freq.clone()
+    model.to(torch.bfloat16)(TOKENS)
+    torch.testing.assert_close(model.inv_freq, exact, rtol=0, atol=0)
+
+
+def test_saving_over_a_model_leaves_only_the_new_one(tmp_path):
+    LM(SMALL).save(tmp_path / "model")
+    MODEL.save(tmp_path / "model")
+    assert_same_bits(LM.load(tmp_path / "model"), MODEL)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+class FullDiskTokenizer:
+    save = no_space
+
+
+@pytest.mark.parametrize("broken, error", [("weights.save_file", no_space), ("weights.save_file", interrupt), ("os.rename", no_space)])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(broken, error, exists, tmp_path, monkeypatch):
+    if exists:
+        LM(SMALL).save(tmp_path / "model")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    monkeypatch.setattr(broken, error)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        MODEL.save(tmp_path / "model")
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+def test_a_new_directory_that_cannot_take_the_old_ones_place_leaves_the_old(tmp_path, monkeypatch):
+    LM(SMALL).save(tmp_path / "model")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    rename = weights.os.rename
+    monkeypatch.setattr("os.rename", lambda old, new: no_space() if str(old).endswith(".tmp") else rename(old, new))
+    with pytest.raises(OSError):
+        MODEL.save(tmp_path / "model")
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("my thesis"),
+                                  lambda path: path.mkdir() or (path / "thesis.txt").write_text("my thesis")])
+def test_what_is_no_model_directory_is_not_overwritten(make, tmp_path):
+    make(tmp_path / "mine")
+    with pytest.raises((OSError, ValueError), match="mine"):
+        MODEL.save(tmp_path / "mine")
+    assert "my thesis" in [p.read_text() for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_old_directory(tmp_path):
+    LM(SMALL).save(tmp_path / "model")
+    with pytest.raises(OSError):
+        MODEL.save(tmp_path / "model", FullDiskTokenizer())
+    assert_same_bits_on_disk = LM.load(tmp_path / "model").config
+    assert assert_same_bits_on_disk == SMALL
+
+
+# ------------------------------------------------------------------ directories that are no good
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A good one, for a test to spoil."""
+    liven(LM(replace(SMALL, n_layers=1, qkv_bias=True))).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(directory, error=ValueError):
+    with pytest.raises(error) as caught:
+        LM.load(directory)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+def test_a_missing_directory_or_file_is_named(directory):
+    assert "nowhere/config.json is missing" in refusal(directory / "nowhere", FileNotFoundError)
+    (directory / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refusal(directory, FileNotFoundError)
+    (directory / "config.json").unlink()
+    assert "config.json is missing" in refusal(directory, FileNotFoundError)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"vocab_size": 61,', b"\xff\xfe\x00", b"[1, 2]", b"[" * 100_000, b'{"n": %s}' % (b"9" * 5000)])
+def test_a_config_that_is_no_json_object_is_refused(directory, content):
+    (directory / "config.json").write_bytes(content)
+    assert "model/config.json" in refusal(directory)
+
+
+LLAMA3_WITHOUT_FACTOR = {k: v for k, v in LLAMA3_ROPE.items() if k != "factor"}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+    ({"architectures": []}, ["LlamaForCausalLM"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope", "yarn"]),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope", "linear"]),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["rope", "dynamic"]),
+    ({"rope_scaling": LLAMA3_WITHOUT_FACTOR}, ["llama3", "factor"]),
+    ({"rope_scaling": "llama3"}, ["rope"]),
+    ({"rope_theta": "big"}, ["rope"]),
+    ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+    ({"use_sliding_window": True, "sliding_window": 4}, ["sliding"]),
+    ({"layer_types": ["sliding_attention"], "sliding_window": 4}, ["sliding"]),
+    ({"attention_bias": True}, ["attention_bias"]),
+    ({"mlp_bias": True}, ["mlp_bias"]),
+    ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+    ({"hidden_size": None}, ["hidden_size"]),
+    ({"num_hidden_layers": 0}, ["n_layers"]),
+    ({"num_attention_heads": 0}, ["zero"]),
+    ({"vocab_size": "61"}, ["vocab_size"]),
+    ({"num_key_value_heads": 3}, ["4 query heads", "3 key/value heads"]),
+    ({"head_dim": 15}, ["head_dim"]),
+])
+def test_what_the_model_does_not_do_is_refused_by_name(directory, changes, words):
+    edit(directory / "config.json", **changes)
+    message = refusal(directory)
+    assert all(word in message for word in ["config.json", *words])
+
+
+def test_a_missing_tensor_is_named(directory):
+    change_tensors(directory, lambda t: t.pop("model.layers.0.self_attn.k_proj.bias"))
+    assert "model.layers.0.self_attn.k_proj.bias" in refusal(directory)
+
+
+def test_an_unknown_tensor_is_named(directory):
+    change_tensors(directory, lambda t: t.update({"model.layers.1.surprise": torch.zeros(2)}))
+    assert "model.layers.1.surprise" in refusal(directory)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(directory):
+    change_tensors(directory, lambda t: t.update({"model.norm.weight": torch.zeros(31)}))
+    message = refusal(directory)
+    assert all(word in message for word in ("model.norm.weight", "31", "32"))
+
+
+def test_a_hundred_missing_tensors_are_counted(directory):
+    edit(directory / "config.json", num_hidden_layers=10)
+    assert "and 104 more" in refusal(directory)  # 9 layers x 12 tensors
+
+
+def change_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_a_tied_model_whose_file_has_another_head_is_refused(directory):
+    edit(directory / "config.json", tie_word_embeddings=True)  # transformers would quietly not tie these
+    assert "lm_head.weight" in refusal(directory)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 5000, -1])
+def test_a_truncated_file_is_refused(directory, length):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    assert "model.safetensors" in refusal(directory)
+
+
+def test_nothing_is_unpickled(directory):
+    torch.save({"x": 1}, directory / "model.safetensors")
+    assert "model.safetensors" in refusal(directory)
