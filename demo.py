@@ -27,8 +27,8 @@ from record import Run, progress
 from teacher import Feedback
 from thinktuning import DEMO, Config, RunFailed, evaluate, make_teacher, train
 
-RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1200, learning_rate=3e-3, warmup=100, decay=0.45,
-              student_rows=24, teacher_rows=12, transcript_rows=4, ledger_rows=8, student_weight=2.0)
+RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
+              student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
 GATE = 0.85  # the teacher prompt's accuracy on validation problems that the base model must reach
 READS = (
     "student texts: a question, a one-line answer, the end; {floor:.0%} go on with an unrelated remark",
@@ -46,6 +46,8 @@ def prepare(args):
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
     out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
+    # Matrices this small gain little from more threads, lose a lot on a busy machine, and repeat exactly on any machine.
+    torch.set_num_threads(1)
     cache = out if args.out else out.parent
     recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
     config = Config(**dict(DEMO, seed=args.seed, **({"steps": 4} if args.quick else {})))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -67,7 +68,7 @@ class LM(nn.Module):
         angles = positions[..., None] * self.inv_freq  # (B, T, E/2)
         rope = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache and cache.writer(i, positions))
+            x = layer(x, rope, mask, cache and partial(cache.write, i, positions))
         return self.norm(x)
 
     @property
@@ -206,19 +207,13 @@ class KVCache:
         visible = torch.arange(self.longest, device=positions.device) <= positions[..., None]  # (B, T, S)
         return positions, visible[:, None]
 
-    def writer(self, layer, positions):
-        """A function that stores this layer's new k, v (B, K, T, E) and returns all of them (B, K, S, E)."""
-        B = positions.shape[0]
+    def write(self, layer, positions, k, v):
+        """Store a layer's new k, v (B, K, T, E) at `positions` (B, T); returns everything its rows hold, (B, K, S, E) each."""
+        B = len(positions)
         rows = torch.arange(B, device=positions.device)[:, None]
-
-        def write(k, v):
-            both = []
-            for store, new in ((self.k[layer], k), (self.v[layer], v)):
-                store[rows, :, positions] = new.transpose(1, 2)
-                both.append(store[:B, :, : self.longest])
-            return both
-
-        return write
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer, :B, :, : self.longest], self.v[layer, :B, :, : self.longest]
 
     def set_lengths(self, lengths):
         """Cut rows back to their true lengths (a list of int, one a row)."""
@@ -228,8 +223,8 @@ class KVCache:
     def copy_from(self, other: "KVCache", samples: int = 1):
         """Fill the rows with `samples` copies of each of the other's."""
         n = other.longest
-        self.k[..., :n, :] = other.k[..., :n, :].repeat_interleave(samples, dim=1)
-        self.v[..., :n, :] = other.v[..., :n, :].repeat_interleave(samples, dim=1)
+        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
+            mine[..., :n, :] = theirs[..., :n, :].repeat_interleave(samples, dim=1)
         self.lengths = other.lengths.repeat_interleave(samples)
         self.longest = n
 
@@ -242,8 +237,8 @@ class KVCache:
         kept = int((~done).sum())
         gaps = order[:kept][done[:kept]]
         movers = order[kept:][~done[kept:]]
-        self.k[:, gaps] = self.k[:, movers]
-        self.v[:, gaps] = self.v[:, movers]
+        for store in (self.k, self.v):
+            store[:, gaps] = store[:, movers]
         order[gaps] = movers
         order = order[:kept]
         self.lengths = self.lengths[order]
@@ -279,6 +274,8 @@ def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, to
     """
     if not prompts:
         return ([], []) if logprobs else []
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
     room = model.config.max_seq_len - max_tokens - (prefix.longest if prefix else 0)
     if not all(0 < len(p) <= room for p in prompts):
         raise ValueError(f"prompts must have 1 to {room} tokens: the context is {model.config.max_seq_len}, "
@@ -303,12 +300,12 @@ def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, to
         if on_step:
             on_step(rows, tokens)
         done = torch.isin(tokens, stop_ids)
+        lengths[rows[done]] = t + 1
+        if done.all() or t + 1 == max_tokens:
+            break
         if done.any():
-            lengths[rows[done]] = t + 1
             order = cache.drop(done)
             rows, tokens = rows[order], tokens[order]
-        if len(rows) == 0 or t + 1 == max_tokens:
-            break
         logits = model(tokens[:, None], cache)[:, -1]
     responses = [row[:n] for row, n in zip(tokens_out.tolist(), lengths.tolist())]
     if logprobs:
@@ -330,4 +327,5 @@ def sample(logits, uniform, temperature, top_p):
         cdf = probs.cumsum(-1)
         # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
+        tokens = tokens.clamp(max=probs.shape[-1] - 1)  # NaN logits would point past the end
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)

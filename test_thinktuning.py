@@ -20,7 +20,7 @@ from data import Problem, load_problems, wordproblems
 from data.scores import majority, mean_and_se, pass_at_k, score
 from data.tokenizer import Tokenizer
 from model import LM, ModelConfig
-from teacher import parse_feedback
+from teacher import guidance_fraction, parse_feedback
 from thinktuning import Config, evaluate, main, question_batches, student_prompt, train
 
 HERE = Path(__file__).parent
@@ -124,13 +124,10 @@ def test_the_teacher_goes_off_for_good_and_evaluation_never_involves_it():
     evaluate(student, tokenizer, load_problems("wordproblems", "test")[:3], max_tokens=8)
 
 
-def test_published_seed_cannot_be_repeated(monkeypatch):
-    seeds, problems = [], load_problems("wordproblems")[:8]
-    monkeypatch.setattr(thinktuning.random, "Random", lambda seed: seeds.append(seed) or random.SystemRandom())
-    for published in ("", "", "seed", "seed"):
-        train(*tiny(), problems, tiny_config(steps=1, published=published))
-    first, second, third, fourth = [seed for seed in seeds if isinstance(seed, int)]
-    assert first == second == 0 and third != fourth
+def test_published_7_a_schedule_started_anew_brings_the_teacher_back_and_a_function_of_the_step_does_not():
+    stopped_at, total = 30, 60
+    assert guidance_fraction(0, total) == 0.1  # what a resumed run without schedule state starts from
+    assert all(guidance_fraction(step, total) == 0.0 for step in range(stopped_at, total))
 
 
 def test_question_batches_show_every_problem_once_an_epoch():

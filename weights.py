@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of 5,000 digits
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where the model came from") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
@@ -46,8 +46,16 @@ def read_config(directory) -> tuple[dict, dict]:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
-    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor = {raw['partial_rotary_factor']!r} is not supported")
+    if "sliding_attention" in (raw.get("layer_types") or ()):
+        raise ValueError(f"{path}: layer_types has sliding_attention, which is not supported")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
+    for key in ("rope_scaling", "rope_parameters"):  # the older spelling, the newer one
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is no JSON object")
+        rope |= raw.get(key) or {}
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
     if kind == "llama3" and (missing := LLAMA3_ROPE - rope.keys()):
@@ -63,9 +71,16 @@ def read_config(directory) -> tuple[dict, dict]:
         raise ValueError(f"{path}: a size is not a number or is zero ({error})") from None
     if bad := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
         raise ValueError(f"{path}: {', '.join(bad)} must be whole numbers from 1 up")
+    if sizes["head_dim"] % 2:
+        raise ValueError(f"{path}: head_dim {sizes['head_dim']} is odd; rotary embeddings turn pairs")
+    eps = raw.get("rms_norm_eps", 1e-6)
+    numbers = {"rope_theta": theta, "rms_norm_eps": eps, **(rope if kind == "llama3" else {})}
+    for name in ("rope_theta", "rms_norm_eps", *sorted(LLAMA3_ROPE & numbers.keys())):
+        if not isinstance(numbers[name], (int, float)) or not numbers[name] > 0:
+            raise ValueError(f"{path}: {name} = {numbers[name]!r} must be a number above 0")
     if heads % sizes["n_kv_heads"]:
         raise ValueError(f"{path}: {heads} query heads cannot share {sizes['n_kv_heads']} key/value heads evenly")
-    return {**sizes, "norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": float(theta), "rope_scaling": rope if kind == "llama3" else None,
+    return {**sizes, "norm_eps": eps, "rope_theta": float(theta), "rope_scaling": rope if kind == "llama3" else None,
             "tie_embeddings": raw.get("tie_word_embeddings", False), **ARCHITECTURES[architecture]}, raw
 
 
@@ -80,7 +95,7 @@ def config_to_json(config) -> dict:
         "vocab_size": config.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling, "max_position_embeddings": config.max_seq_len,
+        "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "max_position_embeddings": config.max_seq_len,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu",
     }
 
@@ -94,7 +109,7 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())
             if tied:
-                present.discard("lm_head.weight")  # some exporters write the tied head out as well
+                present.discard("lm_head.weight")
             for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
                 if names:
                     shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -104,6 +119,9 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
                 if shape != tuple(tensor.shape):
                     raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(tensor.shape)}")
                 tensor.detach().copy_(file.get_tensor(name))
+            if tied and "lm_head.weight" in file.keys():  # some exporters write the tied head out as well
+                if not file.get_tensor("lm_head.weight").equal(file.get_tensor("model.embed_tokens.weight")):
+                    raise ValueError(f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties them")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
 
@@ -111,20 +129,22 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
 def write_directory(path, config: dict, tensors, tokenizer=None) -> None:
     """Write config.json, model.safetensors and the tokenizer beside `path`, then put them in its place all at once."""
     path = Path(path)
+    if path.is_file() or path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise FileExistsError(f"{path} is there and is no model directory: not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
         dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-        config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}
+        config = {**config, "torch_dtype": dtype, "dtype": dtype}  # older and newer readers
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new)
         new.chmod(0o755)  # mkdtemp's own is 0700
         replace_directory(new, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: the weights could not be written ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} could not be written ({error})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -132,9 +152,13 @@ def write_directory(path, config: dict, tensors, tokenizer=None) -> None:
 def replace_directory(new: Path, old: Path) -> None:
     """Put `new` in the place of `old`; at every moment one of the two is whole."""
     if old.exists():
-        aside = Path(tempfile.mkdtemp(prefix=old.name + ".", suffix=".old", dir=old.parent))
-        os.rename(old, aside / "old")
-        os.rename(new, old)
+        aside = new.with_suffix(".old")
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(new, old)
