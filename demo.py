@@ -29,7 +29,7 @@ from thinktuning import DEMO, Config, RunFailed, evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
-GATE = 0.85  # the teacher prompt's accuracy on validation problems that the base model must reach
+GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
 READS = (
     "student texts: a question, a one-line answer, the end; {floor:.0%} go on with an unrelated remark",
     "teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
@@ -50,7 +50,8 @@ def prepare(args):
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
     recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
-    config = Config(**dict(DEMO, seed=args.seed, **({"steps": 4} if args.quick else {})))
+    config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
+    config.check()
     tokenizer = Tokenizer.builtin()
     if args.ablate:
         return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats, out)
@@ -63,11 +64,8 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
     test = load_problems("wordproblems", "test")
     test = test[:50] if quick else test
     results, records, curves = {}, {}, {}
-    results["base"], records["base"] = examine(base, tokenizer, test, config)
+    results["base"], records["base"] = examine(base, tokenizer, test, config, samples=2 if quick else 12)
     results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
-    sampled, _ = evaluate(base, tokenizer, test, max_tokens=config.max_tokens, samples=2 if quick else 12, temperature=1.0)
-    results["base"]["sampled_reflection_rate"] = sampled["reflection_rate"]
-    results["base"]["sampled_rollouts"] = len(test) * (2 if quick else 12)
     for method in ("grpo", "thinktuning"):
         started = time.perf_counter()
         student, curves[method] = train_one(base, tokenizer, replace(config, method=method), out / method)
@@ -79,7 +77,8 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
     seconds["total"] = time.perf_counter() - began
     for name in results:
         results[name]["seconds"] = seconds.get(name, seconds["pretrain"])
-    write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"]})
+    write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"],
+                                       "length_cost": config.length_cost})
     print("\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records))
     print(f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
           f"models, metrics and transcripts are in {out}/")
@@ -107,13 +106,16 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
     if path.exists():
         print(f"cached in {path}")
         return LM.load(path), {"pretrain": 0.0}
-    began = time.perf_counter()
-    base = pretrain(recipe, tokenizer)
-    scores = gate(base, tokenizer)
-    print(f"validation: {scores['student']:.2f} right as student, {scores['teacher']:.2f} under the teacher prompt")
-    if scores["teacher"] < GATE and not quick:
-        raise RunFailed(f"the base model solves {scores['teacher']:.0%} of validation problems under the teacher prompt; "
-                        f"{GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
+    began, base = time.perf_counter(), None
+    for cycle in range(1 if quick else CYCLES):
+        base = pretrain(recipe, tokenizer, cycle, base)
+        scores = gate(base, tokenizer)
+        print(f"validation: {scores['student']:.2f} right as student, {scores['teacher']:.2f} under the teacher prompt")
+        if scores["teacher"] >= GATE or quick:
+            break
+    else:
+        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation problems under "
+                        f"the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
     base.save(path, tokenizer)
     return base, {"pretrain": time.perf_counter() - began}
 
@@ -125,13 +127,15 @@ def recipe_key(recipe: dict) -> str:
     return hashlib.sha256(json.dumps([recipe, sources, vocabulary, torch.__version__]).encode()).hexdigest()[:12]
 
 
-def pretrain(recipe: dict, tokenizer) -> LM:
+def pretrain(recipe: dict, tokenizer, cycle=0, model: LM | None = None) -> LM:
+    """One round of training on fresh texts, from `model` or from nothing."""
     torch.manual_seed(recipe["seed"])
-    rng = random.Random(recipe["seed"])
+    rng = random.Random(f"pretraining {recipe['seed']} {cycle}")
     heads = recipe["n_heads"]
     # Embeddings of standard deviation 1 (torch's default) and wide heads are what makes copying numbers emerge in time.
-    model = LM(ModelConfig(tokenizer.vocab_size, recipe["dim"], recipe["n_layers"], heads, heads, recipe["dim"] // heads,
-                           recipe["ffn_dim"], max_seq_len=320))
+    model = model or LM(ModelConfig(tokenizer.vocab_size, recipe["dim"], recipe["n_layers"], heads, heads,
+                                    recipe["dim"] // heads, recipe["ffn_dim"], max_seq_len=320))
+    model.requires_grad_(True)  # the gate's teacher froze it
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     steps, began = recipe["steps"], time.perf_counter()
     for step in range(steps):
@@ -190,13 +194,16 @@ def gate(base, tokenizer, count=200) -> dict[str, float]:
 
 # What is shown.
 
-def examine(student, tokenizer, problems, config):
-    """Greedy scores on the test problems, also by number of operations, and the records behind them."""
+def examine(student, tokenizer, problems, config, samples=1):
+    """Greedy scores on the test problems, also by number of operations, sampled ones, and the greedy records."""
     scores, records = evaluate(student, tokenizer, problems, max_tokens=config.max_tokens)
     for n in sorted({operations(p) for p in problems}):
         part = score([r for r in records if operations(r[0]) == n])
         scores[f"accuracy_{n}_operations"], scores[f"reflection_{n}_operations"] = part["accuracy"], part["reflection_rate"]
-    return scores, records
+    sampled, texts = evaluate(student, tokenizer, problems, max_tokens=config.max_tokens, samples=samples, temperature=1.0)
+    for key in ("accuracy", "reflection_rate", "behaviours"):
+        scores[f"sampled_{key}"] = sampled[key]
+    return scores | {"sampled_rollouts": len(texts)}, records
 
 
 def operations(problem) -> int:
@@ -228,7 +235,7 @@ def table(results, count) -> str:
             lambda r: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
     row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
     for name in wordproblems.WORDING:
-        row(f"  {name}", lambda r: str(r["behaviours"].get(name, 0)))
+        row(f"  {name}: greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0)}, {r['sampled_behaviours'].get(name, 0)}")
     base = results["base"]
     lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} ± {base['teacher_prompt_accuracy_se']:.3f}")
     lines.append(f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
@@ -309,7 +316,6 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "whole trajectory guided": ({"guided_tokens": "trajectory"}, None),
         "teacher for the whole run": ({"schedule": "constant"}, None),
         "feedback shuffled": ({}, shuffled),
-        "thinking has a price": ({"length_cost": 0.4}, None),
         "GRPO": ({"method": "grpo"}, None),
         "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
     },
@@ -317,6 +323,7 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "AAS": (STRESS, corrupted(0.5)),
         "ordinary ratio, clipped": (STRESS | {"shaping": "ratio"}, corrupted(0.5)),
         "plain -A log p": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
+        "γ constant, guarded": (STRESS | {"published": "gamma"}, corrupted(0.5)),
         "γ constant, unguarded": (STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0}, corrupted(0.5)),
     },
     "rates": {f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)

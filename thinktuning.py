@@ -374,6 +374,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
     demo.add_argument("--floor", type=float, default=0.03, help="share of the student's pretraining texts that go on after "
                       "the answer with an unrelated remark (0.03)")
+    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
+                      "once the teacher is gone; at 0.4 reflection becomes selective (0)")
     demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "stress", "rates"),
                       help="compare variants, the stress regime, or learning rates, on this seed's base model")
     demo.add_argument("--repeats", type=int, default=3, help="training seeds of every variant of --ablate (3)")
