@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from config import DEMO, Config
 from data import load_problems, wordproblems
 from data.reward import answers, is_correct
 from data.scores import mean_and_se, score
@@ -25,7 +26,7 @@ from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
 from record import Run, progress
 from teacher import Feedback
-from thinktuning import DEMO, Config, RunFailed, evaluate, make_teacher, train
+from thinktuning import RunFailed, evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)

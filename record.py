@@ -19,10 +19,10 @@ from teacher import behaviour
 class Run:
     """A run directory, written as the run goes, and its progress line."""
 
-    def __init__(self, path, config: dict, label, **about):
+    def __init__(self, path, config: dict, label: str):
         self.path, self.label, self.began = Path(path), label, time.perf_counter()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps({**about, **config}, indent=2) + "\n")
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.metrics = open(self.path / "metrics.jsonl", "w")
         self.transcripts = open(self.path / "transcripts.jsonl", "w")
 

@@ -21,7 +21,8 @@ from data.scores import majority, mean_and_se, pass_at_k, score
 from data.tokenizer import Tokenizer
 from model import LM, ModelConfig
 from teacher import guidance_fraction, parse_feedback
-from thinktuning import Config, evaluate, main, question_batches, student_prompt, train
+from config import Config
+from thinktuning import evaluate, main, question_batches, student_prompt, train
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parent / "shared" / "gsm8k"
@@ -400,6 +401,8 @@ def test_bad_input_ends_with_one_sentence_and_status_2(model_directory, tmp_path
     assert "--published" in complaint(capsys, *base, "--data", "wordproblems", "--published", "gama")
     assert "--steps" in complaint(capsys, *base, "--data", "wordproblems", "--steps", "three")
     assert "--floor" in complaint(capsys, "--floor", "2", "--out", tmp_path / "x")
+    assert "--temperature" in complaint(capsys, "ask", "--model", model_directory, "q", "--temperature", "-1")
+    assert "--device" in complaint(capsys, "ask", "--model", model_directory, "q", "--device", "tpu9")
     assert "tokens" in complaint(capsys, "ask", "--model", model_directory, "q", "--max-tokens", "999")
     assert not (tmp_path / "run").exists()  # nothing was begun
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
 import random
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+from config import DEMO, Config, add_config_flags
 from data import Problem, load_problems
 from data.reward import is_correct
 from data.scores import score
@@ -33,81 +32,6 @@ from record import Run, describe_help, describe_sampled, interruptible, transcri
 from teacher import Teacher, behaviour, guidance_fraction
 
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
-PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip")  # README, "Notes on the published code"
-
-
-def option(default, group, help, **more):
-    return field(default=default, metadata={"group": group, "help": help, **more})
-
-
-@dataclass
-class Config:
-    """Every setting of a run; the defaults are the published ones (`--preset paper`)."""
-
-    method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
-    seed: int = option(0, "run", "of sampling, choosing and data order")
-    steps: int = option(0, "run", "training steps; 0 is one epoch", least=0)
-    eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
-    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
-    questions: int = option(128, "rollouts", "B, questions a step", least=1)
-    samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
-    max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
-    max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
-    temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
-    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)", least=1)
-    length_cost: float = option(0.0, "rollouts", "once the teacher is gone, a right answer of n tokens earns 1 - this * n / L",
-                                least=0, most=1)
-    mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
-    epochs: int = option(1, "update", "passes over the same rollouts", least=1)
-    micro_batch: int = option(16384, "update", "tokens of one forward pass (memory; changes no result)", least=1)
-    learning_rate: float = option(1e-6, "update", "constant", above=0)
-    weight_decay: float = option(0.01, "update", "of AdamW", least=0)
-    beta1: float = option(0.9, "update", "of AdamW", least=0)
-    beta2: float = option(0.999, "update", "of AdamW", least=0)
-    max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
-    clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
-    dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
-    kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
-    shaping: str = option("aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood"))
-    guided_tokens: str = option("guidance", "loss", "which tokens count as guided", choices=("guidance", "trajectory"))
-    unlikely: float = option(0.01, "loss", "guard (c): guided tokens of bad rollouts less likely than this are ordinary", least=0)
-    gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
-    gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")
-    guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
-    schedule: str = option("linear", "teacher", "decay of p over the first third", choices=("constant", "linear", "cosine", "exp"))
-    p_init: float = option(0.1, "teacher", "share of a group that is guided at first", least=0, most=1)
-    p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
-    eps: float = option(0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1)
-    teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
-    teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
-    published: str = option("", "teacher", f"repeat the published code: all, or some of {','.join(PUBLISHED)}")
-
-    @property
-    def published_items(self) -> frozenset[str]:
-        return frozenset(PUBLISHED if self.published == "all" else filter(None, self.published.split(",")))
-
-    def check(self):
-        """Raises ValueError, naming the flag, if a value is out of range."""
-        for f in fields(self):
-            value, limits, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag} must be a finite number, not {value}")
-            if limits.get("choices") and value not in limits["choices"]:
-                raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
-            for bound, bad, words in (("least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
-                                      ("most", lambda v, b: v > b, "at most")):
-                if bound in limits and bad(value, limits[bound]):
-                    raise ValueError(f"{flag} must be {words} {limits[bound]}, not {value}")
-        if unknown := self.published_items - set(PUBLISHED):
-            raise ValueError(f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}")
-        if self.p_min > self.p_init:
-            raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}: the share of help can only fall")
-
-
-DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
-            teacher_prompt=180, teacher_reply=120)  # everything else is as published
-
-
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
           validation=()) -> list[dict]:
     """Train `student` in place; returns the metrics of every step. METHOD section 2, in its order.
@@ -175,9 +99,9 @@ def student_prompt(tokenizer, question: str) -> list[int]:
     return tokenizer.render([{"role": "user", "content": content}])
 
 
-def sample_responses(model, prompts, config_rows, **options):
-    """`generate` in slices of at most `config_rows` responses: lists of responses and log-probs, question-major."""
-    per_slice = max(1, config_rows // options.get("samples", 1))
+def sample_responses(model, prompts, rows, **options):
+    """`generate` in slices of at most `rows` responses: lists of responses and log-probs, question-major."""
+    per_slice = max(1, rows // options.get("samples", 1))
     responses, logprobs = [], []
     for start in range(0, len(prompts), per_slice):
         ids, logs = generate(model, prompts[start : start + per_slice], logprobs=True, **options)
@@ -295,6 +219,10 @@ def prepare_train(args):
 
 def load_model(path, args):
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     tokenizer = Tokenizer.load(path)
     model = LM.load(path, device, getattr(torch, args.dtype))
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -398,31 +326,21 @@ def parser() -> argparse.ArgumentParser:
 
     e = commands.add_parser("eval", parents=[common], help="accuracy, mean@k, pass@k, maj@k, reflection, standard errors")
     e.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file")
-    e.add_argument("--split", default="test")
+    e.add_argument("--split", default="test", help="of wordproblems or gsm8k (test)")
     e.add_argument("--count", type=natural, default=0, help="only the first so many problems; 0 is all")
     e.add_argument("--samples", type=positive, default=1, help="k, responses to each problem")
-    e.add_argument("--temperature", type=float, help="0 with one sample, else 1")
+    e.add_argument("--temperature", type=from_zero, help="0 with one sample, else 1")
     e.add_argument("--rows", type=positive, default=256, help="responses sampled side by side (memory)")
     e.set_defaults(prepare=prepare_eval)
 
     a = commands.add_parser("ask", parents=[common], help="watch it think")
     a.add_argument("question")
-    a.add_argument("--temperature", type=float, default=0.0)
+    a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
     a.set_defaults(prepare=prepare_ask)
     for p in (e, a):
         p.add_argument("--max-tokens", type=positive, default=1024, help="new tokens of a response")
         p.add_argument("--seed", type=int, default=0)
     return top
-
-
-def add_config_flags(p):
-    """One flag a field of Config; absent ones stay absent, so that the preset decides."""
-    groups = {}
-    for f in fields(Config):
-        m = f.metadata
-        group = groups.setdefault(m["group"], p.add_argument_group(m["group"]))
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": m.get("choices")}
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind)
 
 
 def natural(text: str) -> int:
@@ -435,6 +353,16 @@ def positive(text: str) -> int:
     if natural(text) == 0:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def from_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return value
 
 
 if __name__ == "__main__":
