@@ -318,8 +318,8 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "teacher for the whole run": ({"schedule": "constant"}, None),
         "feedback shuffled": ({}, shuffled),
         "GRPO": ({"method": "grpo"}, None),
-        "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
-    },
+    } | (LONG := {"GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None)}),
+    "long": LONG,
     "stress": {
         "AAS": (STRESS, corrupted(0.5)),
         "ordinary ratio, clipped": (STRESS | {"shaping": "ratio"}, corrupted(0.5)),

@@ -34,7 +34,7 @@ class Run:
         left = (time.perf_counter() - self.began) / done * (steps - done)
         accuracy = metrics.get("eval_accuracy", metrics["sampled_accuracy"])
         progress(f"{self.label:<12} step {done:>{len(str(steps))}}/{steps}  reward {metrics['reward']:.2f}  "
-                 f"accuracy {accuracy:.2f}  reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided']}  "
+                 f"accuracy {accuracy:.2f}  reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
                  f"{metrics['tokens_per_second']:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left",
                  last=done == steps, plain=done % max(1, steps // 10) == 0 or done == 1)
 
@@ -89,6 +89,7 @@ def describe_help(asked, rollouts) -> dict:
     parsed = [(i, f, is_correct(attempt, rollouts[i].answer)) for i, f, attempt in asked if f is not None]
     guided = [(rollouts[i], was_right) for i, _, was_right in parsed if rollouts[i].guided_from is not None]
     return {"teacher_asked": len(asked), "teacher_parsed": len(parsed), "guided": len(guided),
+            "guided_share_of_rollouts": len(guided) / len(rollouts),
             "teacher_said_correct": sum(f.opinion == "correct" for _, f, _ in parsed),
             "teacher_opinion_right": sum((f.opinion == "correct") == was_right for _, f, was_right in parsed),
             "guided_reward": sum(r.reward for r, _ in guided), "guided_original_reward": sum(right for _, right in guided),

@@ -304,8 +304,8 @@ def parser() -> argparse.ArgumentParser:
                       "the answer with an unrelated remark (0.03)")
     demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
                       "once the teacher is gone; at 0.4 reflection becomes selective (0)")
-    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "stress", "rates"),
-                      help="compare variants, the stress regime, or learning rates, on this seed's base model")
+    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
+                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
     demo.add_argument("--repeats", type=int, default=3, help="training seeds of every variant of --ablate (3)")
     demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
     commands = top.add_subparsers(title="commands", metavar="train | eval | ask")
