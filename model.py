@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from weights import config_to_json, read_config, read_tensors, write_directory
+from weights import config_to_json, read_companions, read_config, read_tensors, write_directory
 
 
 @dataclass
@@ -50,7 +50,8 @@ class LM(nn.Module):
             self.head.weight = self.embed.weight
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
-        self.source: dict | None = None  # config.json it was loaded from, written back by save
+        self.source: dict | None = None  # the config.json it was loaded from, and the files beside it: save writes them back
+        self.companions: dict[str, bytes] = {}
 
     def forward(self, tokens, cache=None):
         """(B, T) int64 -> logits (B, T, vocab_size). With a cache, row b's tokens stand at cache.lengths[b] onwards."""
@@ -77,7 +78,7 @@ class LM(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32) -> "LM":
-        """Read a Hugging Face-style directory: config.json + model.safetensors.
+        """Read a Hugging Face-style directory: config.json + safetensors, in one file or in shards.
 
         Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
         """
@@ -89,12 +90,15 @@ class LM(nn.Module):
         if config.tie_embeddings:
             model.head.weight = model.embed.weight  # to_empty gave each its own storage
         read_tensors(path, dict(model.disk_tensors()), tied=config.tie_embeddings)
-        model.source = source
+        model.source, model.companions = source, read_companions(path)
         return model
 
     def save(self, path, tokenizer=None) -> None:
-        """Write the directory `load` reads, tokenizer included; a crash or a full disk leaves an older one whole."""
-        write_directory(path, self.source or config_to_json(self.config), self.disk_tensors(), tokenizer)
+        """Write the directory `load` reads: weights in shards of 5 GB, and the files that came with them untouched.
+
+        A model made here has none: give it its `tokenizer`. A crash or a full disk leaves an older directory whole.
+        """
+        write_directory(path, self.source or config_to_json(self.config), self.disk_tensors(), self.companions, tokenizer)
 
     def disk_tensors(self):
         """Yield (the ecosystem's name, a view of the parameter): fused projections are split by row."""

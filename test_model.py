@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import weights
 from model import LM, KVCache, ModelConfig, generate, prefill, sample
 
 PROPERTY = settings(max_examples=40, deadline=None)
@@ -618,3 +621,75 @@ def test_a_truncated_file_is_refused(directory, length):
 def test_nothing_is_unpickled(directory):
     torch.save({"x": 1}, directory / "model.safetensors")
     assert "model.safetensors" in refusal(directory)
+
+
+# Shards, and the files that travel with a model
+
+
+def test_shards_written_by_transformers_are_read_and_ours_are_read_by_it(tmp_path):
+    torch.manual_seed(0)
+    theirs = liven(transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
+    ours = LM.load(tmp_path / "theirs")
+    weights.write_directory(tmp_path / "ours", ours.source, ours.disk_tensors(), ours.companions, shard_bytes=20_000)
+    shards = sorted((tmp_path / "ours").glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(s.stat().st_size < 24_000 for s in shards)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+        assert (again(tokens).logits - theirs(tokens).logits).abs().max() == 0
+    assert all(torch.equal(a, b) for a, b in zip(LM.load(tmp_path / "ours").parameters(), ours.parameters(), strict=True))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    model = liven(LM(SMALL))
+    weights.write_directory(tmp_path / "model", weights.config_to_json(SMALL), model.disk_tensors(), {}, shard_bytes=20_000)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hostname", "sub/x.safetensors", "weights.bin", ""])
+def test_an_index_cannot_reach_out_of_its_directory(sharded, shard):
+    (sharded.parent / "outside.safetensors").write_bytes(next(sharded.glob("model-*")).read_bytes())
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = shard
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "index.json" in refusal(sharded)
+
+
+def test_a_missing_shard_and_a_lying_index_are_named(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    moved = next(name for name, shard in index["weight_map"].items() if shard == first)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"] | {moved: last}}))
+    assert moved in refusal(sharded) and "where it is not" in refusal(sharded)
+    (sharded / last).unlink()
+    assert last in refusal(sharded, FileNotFoundError)
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "weight_map" in refusal(sharded)
+
+
+def test_what_came_with_a_model_leaves_with_it_to_the_byte(directory, tmp_path):
+    carried = {"tokenizer.json": b"{ }", "generation_config.json": b'{"eos_token_id": [1, 2]}\n', "LICENSE": b"terms\r\n"}
+    for name, content in carried.items():
+        (directory / name).write_bytes(content)
+    (directory / "pytorch_model.bin").write_bytes(b"\x80 a pickle")
+    (directory / "old.safetensors").write_bytes(b"stale")
+    LM.load(directory).save(tmp_path / "copy")
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in carried} == carried
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted([*carried, "config.json", "model.safetensors"])
+
+
+@pytest.mark.slow
+def test_loading_needs_the_model_and_its_largest_tensor_and_no_more(tmp_path):
+    config = ModelConfig(vocab_size=16_000, dim=1024, n_layers=17, n_heads=16, n_kv_heads=8, head_dim=64, ffn_dim=3584)
+    LM(config).save(tmp_path / "big")
+    size = (tmp_path / "big" / "model.safetensors").stat().st_size
+    script = ("import sys; from model import LM; import torch; torch.ones(99, 99) @ torch.ones(99, 99)\n"
+              "def kib(key): return int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])\n"
+              "before = kib('VmRSS'); model = LM.load(sys.argv[1]); print((kib('VmHWM') - before) * 1024)")
+    growth = int(subprocess.run([sys.executable, "-c", script, tmp_path / "big"], check=True, capture_output=True, text=True).stdout)
+    assert size > 1e9 and growth < 1.15 * size, (size, growth)

@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 A_MODEL_DIRECTORY = "a model directory holds config.json, model.safetensors and a tokenizer"
+WRITTEN = ("config.json", "model.safetensors.index.json")  # by LM.save itself
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
 
@@ -101,52 +103,115 @@ def config_to_json(config) -> dict:
 
 
 def read_tensors(directory, wanted: dict, tied: bool) -> None:
-    """Copy model.safetensors into the tensors `wanted` by name, one at a time; names and shapes must match exactly."""
-    path = Path(directory) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}")
+    """Copy the safetensors of a directory into the tensors `wanted` by name; names and shapes must match exactly.
+
+    Files are mapped for one tensor at a time, so that at the peak there is the model and its largest tensor.
+    """
+    directory = Path(directory)
+    places = tensor_places(directory)
+    present = places.keys() - ({"lm_head.weight"} if tied else set())
+    for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise ValueError(f"{directory} {problem} tensors for its config.json: {shown}")
+    for name, tensor in wanted.items():
+        with opened(places[name]) as file:
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                raise ValueError(f"{places[name]}: {name} has shape {shape}, config.json asks for {tuple(tensor.shape)}")
+            tensor.detach().copy_(file.get_tensor(name))
+    if tied and "lm_head.weight" in places:  # some exporters write the tied head out as well
+        embedding = "model.embed_tokens.weight"
+        with opened(places["lm_head.weight"]) as head, opened(places[embedding]) as embed:
+            if not head.get_tensor("lm_head.weight").equal(embed.get_tensor(embedding)):
+                raise ValueError(f"{directory}: lm_head.weight is not {embedding}, though config.json ties them")
+
+
+def tensor_places(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it: model.safetensors, or the shards that an index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        with opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        raise FileNotFoundError(f"{single} is missing: {A_MODEL_DIRECTORY}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to files; copy it again")
+    held = {}
+    for shard in sorted(set(weight_map.values())):
+        path = directory / shard
+        # A stranger's index must not reach out of its directory; hubs link a file to a cache beside it, which is fine.
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {shard!r}; shards are .safetensors files in the same directory")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {index.name} names it: the directory is half written")
+        with opened(path) as file:
+            held |= dict.fromkeys(file.keys(), path)
+    if wrong := [name for name, shard in weight_map.items() if held.get(name) != directory / shard]:
+        raise ValueError(f"{index} says that {wrong[0]} is in {weight_map[wrong[0]]}, where it is not; copy the directory again")
+    return held
+
+
+@contextmanager
+def opened(path: Path):
     try:
         with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            if tied:
-                present.discard("lm_head.weight")
-            for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
-                if names:
-                    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                    raise ValueError(f"{path} {problem} tensors for its config.json: {shown}")
-            for name, tensor in wanted.items():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(tensor.shape):
-                    raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(tensor.shape)}")
-                tensor.detach().copy_(file.get_tensor(name))
-            if tied and "lm_head.weight" in file.keys():  # some exporters write the tied head out as well
-                if not file.get_tensor("lm_head.weight").equal(file.get_tensor("model.embed_tokens.weight")):
-                    raise ValueError(f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties them")
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
 
 
-def write_directory(path, config: dict, tensors, tokenizer=None) -> None:
-    """Write config.json, model.safetensors and the tokenizer beside `path`, then put them in its place all at once."""
+def read_companions(directory) -> dict[str, bytes]:
+    """The small files that travel with a model untouched: tokenizer, generation settings, chat template, licence."""
+    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())
+            if path.is_file() and path.name not in WRITTEN and not path.name.startswith(".")
+            and path.suffix in (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", "") and path.stat().st_size < 1 << 26}
+
+
+def write_directory(path, config: dict, tensors, companions: dict[str, bytes], tokenizer=None, shard_bytes=5 * 10**9) -> None:
+    """Write a whole model directory beside `path`, then put it in its place all at once."""
     path = Path(path)
     if path.is_file() or path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise FileExistsError(f"{path} is there and is no model directory: not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+        for name, content in companions.items():
+            (new / name).write_bytes(content)
+        if tokenizer is not None:
+            tokenizer.save(new)
+        tensors = dict(tensors)
         dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         config = {**config, "torch_dtype": dtype, "dtype": dtype}  # older and newer readers
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save(new)
+        write_tensors(new, tensors, shard_bytes)
         new.chmod(0o755)  # mkdtemp's own is 0700
         replace_directory(new, path)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def write_tensors(directory: Path, tensors: dict, shard_bytes: int) -> None:
+    """One model.safetensors, or where that would be larger than `shard_bytes`, shards and their index."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        content = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(content, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def replace_directory(new: Path, old: Path) -> None:
