@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import dataclass, field, fields
 
-PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip")  # README, "Notes on the published code"
+PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")  # README, "Notes on the published code"
 
 
 def option(default, group, help, **more):
@@ -15,10 +15,10 @@ def option(default, group, help, **more):
 
 @dataclass
 class Config:
-    """Every setting of a run; the defaults are the published ones (`--preset paper`)."""
+    """Every setting of a run; the defaults are the published ones (`--preset paper`), but for guided_tokens."""
 
     method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
-    seed: int = option(0, "run", "of sampling, choosing and data order")
+    seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
     steps: int = option(0, "run", "training steps; 0 is one epoch", least=0)
     eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
     eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
@@ -42,7 +42,7 @@ class Config:
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
     kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
     shaping: str = option("aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood"))
-    guided_tokens: str = option("guidance", "loss", "which tokens count as guided", choices=("guidance", "trajectory"))
+    guided_tokens: str = option("guidance", "loss", "which tokens count as guided (published: trajectory)", choices=("guidance", "trajectory"))
     unlikely: float = option(0.01, "loss", "guard (c): guided tokens of bad rollouts less likely than this are ordinary", least=0)
     gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
     gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")

@@ -24,18 +24,19 @@ from data.reward import answers, is_correct
 from data.scores import mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
-from record import Run, progress
+from record import Run, clock, progress
 from teacher import Feedback
 from thinktuning import RunFailed, evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
+FLOOR = 0.03
 GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
-READS = (
-    "student texts: a question, a one-line answer, the end; {floor:.0%} go on with an unrelated remark",
-    "teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
-    "mentor transcripts: the same reflective prose in a third role, so not under the student's prompt",
-    "worked ledgers: a question and its derivation, in that third role, of 1 to 6 operations",
+READS = (  # with the rows a step of each
+    "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
+    "{teacher_rows} teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
+    "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, in a third role instead of the student's",
+    "{ledger_rows} worked ledgers: a question of 1 to 6 operations and its derivation, in that third role",
 )
 
 
@@ -45,9 +46,15 @@ def prepare(args):
         raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
-    out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}"
+    if args.ablate and args.length_cost:
+        raise ValueError("--ablate compares variants without a length cost: give one of the two")
+    settings = "".join(f"-{name}" for name, on in ((f"floor{args.floor:g}", args.floor != FLOOR), (f"cost{args.length_cost:g}", args.length_cost),
+                                                   ("quick", args.quick)) if on)
+    out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
     out.mkdir(parents=True, exist_ok=True)
-    # Matrices this small gain little from more threads, lose a lot on a busy machine, and repeat exactly on any machine.
+    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
+    # Matrices this small gain little from more threads, lose a lot on a busy machine, and
+    # a run on one repeats exactly however many cores there are.
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
     recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
@@ -55,7 +62,7 @@ def prepare(args):
     config.check()
     tokenizer = Tokenizer.builtin()
     if args.ablate:
-        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats, out)
+        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats, out, args.quick)
     return lambda: demonstrate(out, cache, recipe, tokenizer, config, args.quick)
 
 
@@ -76,22 +83,22 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
             return print(f"stopped at step {len(curves[method])}; that model is in {out / method / 'model'}")
         results[method], records[method] = examine(student, tokenizer, test, config)
     seconds["total"] = time.perf_counter() - began
-    for name in results:
-        results[name]["seconds"] = seconds.get(name, seconds["pretrain"])
+    for name, phase in (("base", "pretrain"), ("grpo", "grpo"), ("thinktuning", "thinktuning")):
+        results[name]["seconds"] = seconds[phase]
     write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"],
-                                       "length_cost": config.length_cost})
+                                       "length_cost": config.length_cost, "steps": config.steps, "quick": quick})
     print("\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records))
     print(f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
           f"models, metrics and transcripts are in {out}/")
 
 
-def train_one(base, tokenizer, config, path=None, wrap=None, label=""):
+def train_one(base, tokenizer, config, path=None, wrap=None):
     """Train a copy of `base` by `config.method`; returns it and the metrics of every step. The base is the teacher."""
     student = copy.deepcopy(base).requires_grad_(True)
     teacher = make_teacher(base, tokenizer, config) if config.method == "thinktuning" else None
     if teacher and wrap:
         teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
-    run = Run(path, {"model": "the demonstration's base", **vars(config)}, label or config.method) if path else None
+    run = Run(path, {"model": "the demonstration's base", **vars(config)}, config.method) if path else None
     history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run)
     if run:
         run.close()
@@ -106,9 +113,14 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
     print("The base model reads, about training problems only:", *(f"  - {line.format(**recipe)}" for line in READS), sep="\n")
     if path.exists():
         print(f"cached in {path}")
-        return LM.load(path), {"pretrain": 0.0}
+        try:
+            return LM.load(path), {"pretrain": 0.0}
+        except (ValueError, OSError) as error:
+            raise RunFailed(f"the cached base model is damaged ({error}); delete {path}") from None
     began, base = time.perf_counter(), None
     for cycle in range(1 if quick else CYCLES):
+        if cycle:
+            print(f"below {GATE:.2f}: pretraining goes round again ({cycle + 1} of {CYCLES})")
         base = pretrain(recipe, tokenizer, cycle, base)
         scores = gate(base, tokenizer)
         print(f"validation: {scores['student']:.2f} right as student, {scores['teacher']:.2f} under the teacher prompt")
@@ -147,7 +159,7 @@ def pretrain(recipe: dict, tokenizer, cycle=0, model: LM | None = None) -> LM:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
-        progress(f"pretraining  step {step + 1:>4}/{steps}  loss {loss:.3f}  {left // 60:.0f}:{left % 60:02.0f} left",
+        progress(f"pretraining {step + 1}/{steps}  loss {loss:.3f}  {clock(left)} left",
                  last=step + 1 == steps, plain=(step + 1) % max(1, steps // 6) == 0)
     return model
 
@@ -226,9 +238,11 @@ def table(results, count) -> str:
         lines.append(f"{title:<34}" + "".join(f"{cell(results[n]):>16}" for n in names))
 
     row("accuracy ± standard error", lambda r: f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}")
+    row("accuracy, sampled", lambda r: f"{r['sampled_accuracy']:.3f}")
     row("accuracy of the first answer", lambda r: f"{r['first_answer_accuracy']:.3f}")
     row("wrong → right, right → wrong", lambda r: f"{r['wrong_to_right']}, {r['right_to_wrong']}")
-    row("reflects", lambda r: f"{r['reflection_rate']:.3f}")
+    row("reflects: answers a second time", lambda r: f"{r['reflection_rate']:.3f}")
+    row("  sampled", lambda r: f"{r['sampled_reflection_rate']:.4f}")
     row("  when the first answer is wrong", lambda r: f"{r['reflection_rate_first_wrong']:.3f}")
     row("  when the first answer is right", lambda r: f"{r['reflection_rate_first_right']:.3f}")
     for n in wordproblems.DIFFICULTY:
@@ -236,7 +250,8 @@ def table(results, count) -> str:
             lambda r: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
     row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
     for name in wordproblems.WORDING:
-        row(f"  {name}: greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0)}, {r['sampled_behaviours'].get(name, 0)}")
+        row(f"  {name}, greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0) / count:.2f}, "
+                                                    f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
     base = results["base"]
     lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} ± {base['teacher_prompt_accuracy_se']:.3f}")
     lines.append(f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
@@ -267,9 +282,12 @@ def same_question(records) -> str:
         found = answers(text)
         return len(found) > 1 and is_correct(text, problem.answer) and not is_correct(f"\\boxed{{{found[0]}}}", problem.answer)
 
-    chosen = next(filter(telling, range(len(records["base"]))), 0)
+    chosen = next(filter(telling, range(len(records["base"]))), None)
+    title = "The first test question whose wrong first answer ThinkTuning mends:"
+    if chosen is None:
+        chosen, title = 0, "ThinkTuning mends no wrong first answer; the first test question:"
     problem = records["base"][chosen][0]
-    parts = [f"{problem.question}  (answer: {problem.answer})"]
+    parts = [title, f"{problem.question}  (answer: {problem.answer})"]
     for name, record in records.items():
         first, _, reflection = record[chosen][1].partition("\n\n")
         parts.append(f"{name:>12}: {first}")
@@ -287,7 +305,7 @@ def write_json(path: Path, content) -> None:
 # Ablations: the same base, budget and problems, one thing changed.
 
 def shuffled(feedback, rng):
-    """Every feedback goes to another question: the words stay, the sense goes."""
+    """Every feedback goes to the next question's rollout (k is 1): the words stay, the sense goes."""
     def ask(questions, responses):
         replies = feedback(questions, responses)
         return replies[1:] + replies[:1]
@@ -295,7 +313,7 @@ def shuffled(feedback, rng):
 
 
 def corrupted(share):
-    """A teacher whose final answer is replaced by a wrong number in `share` of its derivations."""
+    """A teacher whose final answer is replaced by another number in `share` of its replies; the steps before it stay."""
     def wrap(feedback, rng):
         def spoil(f):
             found = answers(f.phrase) if f else []
@@ -309,6 +327,8 @@ def corrupted(share):
 
 
 STRESS = dict(epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20)
+GRPO = {"GRPO": ({"method": "grpo"}, None),
+        "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None)}
 VARIANTS = {  # name: (what changes in the configuration, what happens to the teacher)
     "all": {
         "ThinkTuning": ({}, None),
@@ -317,40 +337,43 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "whole trajectory guided": ({"guided_tokens": "trajectory"}, None),
         "teacher for the whole run": ({"schedule": "constant"}, None),
         "feedback shuffled": ({}, shuffled),
-        "GRPO": ({"method": "grpo"}, None),
-    } | (LONG := {"GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None)}),
-    "long": LONG,
+        **GRPO,
+    },
+    "long": GRPO,
     "stress": {
         "AAS": (STRESS, corrupted(0.5)),
         "ordinary ratio, clipped": (STRESS | {"shaping": "ratio"}, corrupted(0.5)),
-        "plain -A log p": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
+        "-A log p, guard (c) on": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
+        "-A log p": (STRESS | {"shaping": "likelihood", "unlikely": 0.0}, corrupted(0.5)),
         "γ constant, guarded": (STRESS | {"published": "gamma"}, corrupted(0.5)),
-        "γ constant, unguarded": (STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0}, corrupted(0.5)),
+        "γ constant, no guards": (STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0}, corrupted(0.5)),
     },
     "rates": {f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)
               for method in ("grpo", "thinktuning") for rate in (3e-5, 1e-4, 3e-4, 1e-3)},
 }
 
 
-def ablate(base, tokenizer, config, which, repeats, out):
-    """Train every variant `repeats` times; prints and writes mean accuracy and reflection with standard errors over repeats."""
+def ablate(base, tokenizer, config, which, repeats, out, quick=False):
+    """Train every variant `repeats` times from one base; prints each run's accuracy and reflection, and means over the runs."""
     split = "validation" if which == "rates" else "test"  # rates are tuned, so never on the test problems
     problems = load_problems("wordproblems", split)
     rows = {}
     for name, (changes, wrap) in VARIANTS[which].items():
         outcomes = []
         for repeat in range(repeats):
-            changed = replace(config, **{**changes, "seed": config.seed + 1000 * repeat})
-            if config.steps < DEMO["steps"]:
-                changed = replace(changed, steps=config.steps)  # --quick
-            student, _ = train_one(base, tokenizer, changed, wrap=wrap)
-            outcomes.append(examine(student, tokenizer, problems, config)[0])
-            progress(f"{name}: {repeat + 1} of {repeats} done, accuracy {outcomes[-1]['accuracy']:.3f}", last=repeat + 1 == repeats)
+            changed = replace(config, **changes, seed=config.seed + 1000 * repeat)
+            changed = replace(changed, steps=config.steps) if quick else changed
+            began = time.perf_counter()
+            student, history = train_one(base, tokenizer, changed, wrap=wrap)
+            if len(history) < changed.steps:
+                return print(f"stopped; finished variants are in {out / f'ablate-{which}.json'}")
+            outcomes.append(examine(student, tokenizer, problems, config)[0] | {"seed": changed.seed, "seconds": time.perf_counter() - began})
+            progress(f"{name}, run {repeat + 1} of {repeats}: accuracy {outcomes[-1]['accuracy']:.3f}, "
+                     f"reflects {outcomes[-1]['reflection_rate']:.3f}", last=True)
         rows[name] = outcomes
         write_json(out / f"ablate-{which}.json", rows)
-    print(f"\n{which}: {len(problems)} {split} problems, {repeats} training seeds; mean ± standard error over seeds")
+    print(f"\n{which}: {len(problems)} {split} problems, one base model, {repeats} training seeds, mean ± standard error over these")
     for name, outcomes in rows.items():
-        cells = [mean_and_se([o[key] for o in outcomes]) for key in ("accuracy", "reflection_rate")]
-        by_operations = " ".join(f"{mean_and_se([o[f'reflection_{n}_operations'] for o in outcomes])[0]:.2f}" for n in wordproblems.DIFFICULTY)
-        print(f"{name:<30} accuracy {cells[0][0]:.3f} ± {cells[0][1]:.3f}   reflects {cells[1][0]:.3f} ± {cells[1][1]:.3f}"
-              f"   by operations {by_operations}")
+        (accuracy, se), (reflects, reflects_se) = (mean_and_se([o[key] for o in outcomes]) for key in ("accuracy", "reflection_rate"))
+        print(f"{name:<28} accuracy {accuracy:.3f} ± {se:.3f}   reflects {reflects:.3f} ± {reflects_se:.3f}   "
+              f"took off in {sum(o['reflection_rate'] > 0.5 for o in outcomes)} of {repeats}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -32,10 +33,9 @@ class Run:
             print(json.dumps(line), file=self.transcripts, flush=True)
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / done * (steps - done)
-        accuracy = metrics.get("eval_accuracy", metrics["sampled_accuracy"])
-        progress(f"{self.label:<12} step {done:>{len(str(steps))}}/{steps}  reward {metrics['reward']:.2f}  "
-                 f"accuracy {accuracy:.2f}  reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
-                 f"{metrics['tokens_per_second']:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left",
+        progress(f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
+                 f"reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
+                 f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
                  last=done == steps, plain=done % max(1, steps // 10) == 0 or done == 1)
 
     def close(self):
@@ -43,9 +43,14 @@ class Run:
         self.transcripts.close()
 
 
+def clock(seconds: float) -> str:
+    return "{}:{:02}".format(*divmod(round(seconds), 60))
+
+
 def progress(line: str, last=False, plain=True):
     """One line that rewrites itself on a terminal; elsewhere the lines marked `plain`, each on its own."""
     if sys.stdout.isatty():
+        line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be rewritten
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
     elif plain or last:
         print(line, flush=True)

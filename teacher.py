@@ -159,6 +159,7 @@ def augment(rollout, feedback: Feedback, tokenizer, max_tokens: int, published=f
         augmented = augmented[:max_tokens]
         rollout.finished = False
     rollout.response, rollout.guided_from, rollout.old_logprobs = augmented, min(len(attempt), len(augmented)), None
+    rollout.text = tokenizer.decode([t for t in augmented if t not in tokenizer.stop])
     return True
 
 

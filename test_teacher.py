@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 import teacher as teacher_module
+import config
 import thinktuning
 from data import Problem
 from data.reward import final_answer, is_correct
@@ -173,9 +174,9 @@ def test_tags_a_student_wrote_and_the_teacher_quotes_make_the_reply_void(before,
     "<opinion>" * 11_000, "<" * 100_000, " " * 100_000, GOOD.replace("I see.", "<reason" * 15_000),
     "<opinion>correct</opinion>" + " " * 100_000 + "x", "<opinion>correct</opinion><reason>" + "</phrase>" * 11_000])
 def test_a_hundred_kilobytes_are_parsed_at_once(text):
-    began = time.perf_counter()
+    began = time.process_time()
     parse_feedback(text)
-    assert time.perf_counter() - began < 0.05
+    assert time.process_time() - began < 0.05
 
 
 # ------------------------------------------------------------------ augmenting
@@ -338,7 +339,7 @@ def test_the_teachers_weights_are_frozen(monkeypatch, tokenizer):
 
 
 def test_the_gold_answer_is_in_no_prompt(monkeypatch, tokenizer):
-    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4, published=frozenset(thinktuning.PUBLISHED))
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4, published=frozenset(config.PUBLISHED))
     texts = full_prompts(monkeypatch, teacher)
     rollout = Rollout([1], tokenizer.encode("So 5.") + [min(tokenizer.stop)], True, question="What is it?", answer="98765")
     teacher.guide([rollout] * 2, 2, 1.0, random.Random(0), 100)

@@ -5,7 +5,7 @@
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
 
-`train` below is the method, in the order of the paper; METHOD is arXiv 2508.07616 as restated in the README.
+`train` below is the method of arXiv 2508.07616, in its order; the numbers in its comments are the steps in its docstring.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from teacher import Teacher, behaviour, guidance_fraction
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
           validation=()) -> list[dict]:
-    """Train `student` in place; returns the metrics of every step. METHOD section 2, in its order.
+    """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
 
-    Without a teacher this is plain GRPO. `run` (a Run) gets metrics and transcripts. SIGINT or SIGTERM ends it after
-    the step in progress.
+    1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
+    5 augment the rollouts; 6 reward; 7 group-relative advantages; 8 snapshot π_old, loss, optimiser step.
+
+    `run` (a Run) gets metrics and transcripts. SIGINT or SIGTERM ends it after the step in progress.
     """
     config.check()
     published = config.published_items
@@ -54,6 +56,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             began = time.perf_counter()
             rollouts = sample_rollouts(student, tokenizer, next(batches), config, generator)  # 1
             metrics = {"step": step, **describe_sampled(rollouts)}
+            sampled = sum(len(r.response) for r in rollouts)
             fraction = 0.0
             if teacher is not None:
                 fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
@@ -61,7 +64,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             if fraction > 0:
                 asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens)  # 2-5
             for r in rollouts:
-                r.reward = reward(r, tokenizer)  # 6
+                r.reward = reward(r)  # 6
                 if fraction == 0:
                     r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
             rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
@@ -70,9 +73,9 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
             metrics |= learn(student, optimizer, rollouts, config, published, reference)  # 8
-            metrics["tokens_per_second"] = sum(len(r.response) for r in rollouts) / (time.perf_counter() - began)
-            last = step + 1 == steps or interrupted.is_set
-            if validation and (last or config.eval_every and (step + 1) % config.eval_every == 0):
+            metrics["tokens_per_second"] = sampled / (time.perf_counter() - began)
+            due = step + 1 == steps or config.eval_every and (step + 1) % config.eval_every == 0
+            if validation and due and not interrupted.is_set:
                 scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows)
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
             history.append(metrics)
@@ -121,10 +124,8 @@ def sample_rollouts(student, tokenizer, batch, config, generator) -> list[Rollou
             for i, (ids, logs) in enumerate(zip(responses, logprobs))]
 
 
-def reward(rollout: Rollout, tokenizer) -> float:
+def reward(rollout: Rollout) -> float:
     """Step 6: 1 if the response finished and its last boxed answer is right. A wrong teacher earns its student nothing."""
-    if rollout.guided_from is not None:
-        rollout.text = tokenizer.decode([t for t in rollout.response if t not in tokenizer.stop])
     return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
@@ -137,7 +138,7 @@ def learn(student, optimizer, rollouts, config, published, reference) -> dict[st
         for start in range(0, len(rollouts), size):
             results.append(update(
                 student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
-                guided_tokens=config.guided_tokens, max_grad_norm=config.max_grad_norm, clip=config.clip,
+                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens, max_grad_norm=config.max_grad_norm, clip=config.clip,
                 dual_clip=config.dual_clip, unlikely=config.unlikely, shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef,
                 gamma_min=config.gamma_min, gamma_max=config.gamma_max, published="gamma" in published,
                 published_dual_clip="dual-clip" in published))
@@ -171,7 +172,7 @@ def main(argv=None) -> int:
     except (OSError, RunFailed, torch.OutOfMemoryError) as error:
         return complain(error, 1)
     except KeyboardInterrupt:
-        return complain("stopped before there was anything to save", 130)
+        return complain("stopped", 130)
     return 0
 
 
@@ -242,18 +243,20 @@ def fitting(problems: list[Problem], model, tokenizer, config, source) -> list[P
     if len(kept) < len(problems):
         print(f"{source}: dropped {len(problems) - len(kept)} of {len(problems)} questions longer than {room} tokens")
     if not kept:
-        raise ValueError(f"{source}: no question fits into {room} tokens; raise --max-prompt or lower --max-tokens")
+        raise ValueError(f"{source}: no question fits into {room} tokens; lower --max-tokens{' or raise --max-prompt' * (room == config.max_prompt)}")
     return kept
 
 
 def prepare_eval(args):
     model, tokenizer = load_model(args.model, args)
-    config = Config(max_tokens=args.max_tokens)
+    context = model.config.max_seq_len
+    max_tokens = args.max_tokens or min(1024, context // 2)
+    config = Config(max_tokens=max_tokens, max_prompt=max(1, context - max_tokens))
     problems = fitting(load_problems(args.data, args.split), model, tokenizer, config, args.data)[: args.count or None]
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
 
     def job():
-        scores, _ = evaluate(model, tokenizer, problems, max_tokens=args.max_tokens, samples=args.samples,
+        scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,
                              temperature=temperature, rows=args.rows, seed=args.seed)
         print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}")
         for key, value in scores.items():
@@ -267,8 +270,10 @@ def prepare_eval(args):
 def prepare_ask(args):
     model, tokenizer = load_model(args.model, args)
     prompt = student_prompt(tokenizer, args.question)
-    if len(prompt) + args.max_tokens > model.config.max_seq_len:
-        raise ValueError(f"the question and --max-tokens {args.max_tokens} exceed the model's context of {model.config.max_seq_len}")
+    room = model.config.max_seq_len - len(prompt)
+    if room < (args.max_tokens or 1):
+        raise ValueError(f"the question leaves {room} tokens of the model's context of {model.config.max_seq_len}; "
+                         "shorten it or lower --max-tokens")
 
     def job():
         ids, shown = [], 0
@@ -281,7 +286,7 @@ def prepare_ask(args):
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
 
-        generate(model, [prompt], max_tokens=args.max_tokens, stop=tokenizer.stop, temperature=args.temperature,
+        generate(model, [prompt], max_tokens=args.max_tokens or min(1024, room), stop=tokenizer.stop, temperature=args.temperature,
                  generator=torch.Generator().manual_seed(args.seed), on_step=show)
         print()
 
@@ -298,12 +303,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="thinktuning.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(prepare=prepare_demo)
     demo = top.add_argument_group("the demonstration")
-    demo.add_argument("--seed", type=int, default=0, help="of everything: pretraining, sampling, choosing, data order")
+    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
     demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
     demo.add_argument("--floor", type=float, default=0.03, help="share of the student's pretraining texts that go on after "
                       "the answer with an unrelated remark (0.03)")
     demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
-                      "once the teacher is gone; at 0.4 reflection becomes selective (0)")
+                      "once the teacher is gone (0)")
     demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
                       help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
     demo.add_argument("--repeats", type=int, default=3, help="training seeds of every variant of --ablate (3)")
@@ -338,14 +343,14 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
     a.set_defaults(prepare=prepare_ask)
     for p in (e, a):
-        p.add_argument("--max-tokens", type=positive, default=1024, help="new tokens of a response")
-        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
+        p.add_argument("--seed", type=natural, default=0)
     return top
 
 
 def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up (and below 10^18)")
     return int(text)
 
 
