@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -191,25 +192,39 @@ def test_mean_and_se_are_those_of_the_textbook():
 # The built-in problems
 
 
-def test_built_in_splits_share_no_arithmetic_and_every_answer_is_right():
-    import re
-    seen = {}
-    for split in ("train", "validation", "test"):
-        contents = set()
-        for question, answer in load_problems("wordproblems", split):
-            n = int(re.match(r"\w+ has (\d+) ", question)[1])
-            content = [n]
-            for day in question.split(" On ")[1:]:  # worked out again from the words alone
-                amount = int((re.search(r"\d+", day) or ["0"])[0])
-                kind = next(k for k in ("finds", "buys", "loses", "sells", "doubles", "half") if k in day)
-                n = {"finds": n + amount, "buys": n + amount, "loses": n - amount, "sells": n - amount,
-                     "doubles": 2 * n, "half": n / 2}[kind]
-                content.append((kind in ("finds", "buys"), kind in ("loses", "sells"), kind, amount)[:2] + (amount, kind in ("doubles",)))
-            assert str(int(n)) == answer and n == int(n) and 1 <= n <= 20
-            contents.add(tuple(content))
-        seen[split] = contents
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"] and not seen["validation"] & seen["test"]
-    assert len(seen["train"]) > 3000
+def worked_out(question):
+    """The content of a question as (start, (sign, amount) ...) and its answer, from its words alone."""
+    n = int(re.match(r"\w+ has (\d+) ", question)[1])
+    content = [n]
+    for day in question.split(" On ")[1:]:
+        sign = next(sign for word, sign in (("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-"), ("doubles", "*"), ("half", "/"))
+                    if word in day)
+        amount = int(re.search(r"\d+", day)[0]) if sign in "+-" else 2
+        n = {"+": n + amount, "-": n - amount, "*": 2 * n, "/": n / 2}[sign]
+        content.append((sign, amount))
+    return tuple(content), n
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_every_built_in_answer_is_right_and_held_out_problems_differ_in_content(split):
+    problems = load_problems("wordproblems", split)
+    solved = [worked_out(question) for question, _ in problems]
+    assert [str(int(n)) for _, n in solved] == [p.answer for p in problems]
+    assert all(n == int(n) and 1 <= n <= 20 for _, n in solved)
+    assert len({p.question for p in problems}) == len(problems) == wordproblems.SIZES[split]
+    if split != "train":
+        assert len({content for content, _ in solved}) == len(problems)
+
+
+def test_no_training_story_passes_through_a_held_out_problem():
+    held_out = {worked_out(p.question)[0] for split in ("validation", "test") for p in load_problems("wordproblems", split)}
+    validation, test = ({worked_out(p.question)[0] for p in load_problems("wordproblems", split)} for split in ("validation", "test"))
+    assert not validation & test
+    rng = random.Random(0)
+    stories = [wordproblems.question(wordproblems.make_story(rng, 1 + i % 6, "train")) for i in range(3000)]
+    for question in stories + [p.question for p in load_problems("wordproblems")]:
+        content, _ = worked_out(question)
+        assert not any(content[:end] in held_out for end in range(2, len(content) + 1))
 
 
 def test_everything_the_base_model_reads_is_about_training_problems(monkeypatch):
