@@ -42,7 +42,8 @@ class Config:
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
     kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
     shaping: str = option("aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood"))
-    guided_tokens: str = option("guidance", "loss", "which tokens count as guided (published: trajectory)", choices=("guidance", "trajectory"))
+    guided_tokens: str = option("guidance", "loss", "which tokens count as guided (published: trajectory)",
+                                choices=("guidance", "trajectory"))
     unlikely: float = option(0.01, "loss", "guard (c): guided tokens of bad rollouts less likely than this are ordinary", least=0)
     gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
     gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")

@@ -35,7 +35,7 @@ GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt 
 READS = (  # with the rows a step of each
     "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
     "{teacher_rows} teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
-    "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, in a third role instead of the student's",
+    "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, as one text of a third role",
     "{ledger_rows} worked ledgers: a question of 1 to 6 operations and its derivation, in that third role",
 )
 
@@ -48,8 +48,8 @@ def prepare(args):
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
     if args.ablate and args.length_cost:
         raise ValueError("--ablate compares variants without a length cost: give one of the two")
-    settings = "".join(f"-{name}" for name, on in ((f"floor{args.floor:g}", args.floor != FLOOR), (f"cost{args.length_cost:g}", args.length_cost),
-                                                   ("quick", args.quick)) if on)
+    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost), ("-quick", args.quick))
+    settings = "".join(name for name, is_so in unusual if is_so)
     out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
@@ -62,7 +62,8 @@ def prepare(args):
     config.check()
     tokenizer = Tokenizer.builtin()
     if args.ablate:
-        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats, out, args.quick)
+        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats,
+                              out, args.quick)
     return lambda: demonstrate(out, cache, recipe, tokenizer, config, args.quick)
 
 
@@ -127,8 +128,8 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
         if scores["teacher"] >= GATE or quick:
             break
     else:
-        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation problems under "
-                        f"the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
+        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation problems "
+                        f"under the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
     base.save(path, tokenizer)
     return base, {"pretrain": time.perf_counter() - began}
 
@@ -153,7 +154,8 @@ def pretrain(recipe: dict, tokenizer, cycle=0, model: LM | None = None) -> LM:
     steps, began = recipe["steps"], time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe["learning_rate"] * min(1, (step + 1) / recipe["warmup"], (steps - step) / (recipe["decay"] * steps))
+            warmup, decay = (step + 1) / recipe["warmup"], (steps - step) / (recipe["decay"] * steps)
+            group["lr"] = recipe["learning_rate"] * min(1, warmup, decay)
         loss = response_loss(model, rows_of_step(recipe, step, rng, tokenizer))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -170,7 +172,8 @@ def rows_of_step(recipe, step, rng, tokenizer):
         return wordproblems.make_story(rng, operations or wordproblems.draw_operations(rng), "train")
 
     longest = min(6, 2 + 10 * step // recipe["steps"])  # ledgers of one fixed length would be solved by position
-    rows = [(wordproblems.student_row(rng, story(), recipe["floor"]), recipe["student_weight"]) for _ in range(recipe["student_rows"])]
+    rows = [(wordproblems.student_row(rng, story(), recipe["floor"]), recipe["student_weight"])
+            for _ in range(recipe["student_rows"])]
     rows += [(wordproblems.teacher_row(rng, story()), 1.0) for _ in range(recipe["teacher_rows"])]
     rows += [(wordproblems.transcript_row(rng, story()), 1.0) for _ in range(recipe["transcript_rows"])]
     rows += [(wordproblems.ledger_row(rng, story(rng.randint(1, longest))), 1.0) for _ in range(recipe["ledger_rows"])]
@@ -202,7 +205,8 @@ def gate(base, tokenizer, count=200) -> dict[str, float]:
     config = Config(**DEMO)
     problems = load_problems("wordproblems", "validation")[:count]
     scores, records = evaluate(base, tokenizer, problems, max_tokens=config.max_tokens)
-    return {"student": scores["accuracy"], "teacher": teacher_prompt_scores(base, tokenizer, problems, records, config)["teacher_prompt_accuracy"]}
+    reference = teacher_prompt_scores(base, tokenizer, problems, records, config)
+    return {"student": scores["accuracy"], "teacher": reference["teacher_prompt_accuracy"]}
 
 
 # What is shown.
@@ -253,7 +257,8 @@ def table(results, count) -> str:
         row(f"  {name}, greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0) / count:.2f}, "
                                                     f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
     base = results["base"]
-    lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} ± {base['teacher_prompt_accuracy_se']:.3f}")
+    lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} "
+                 f"± {base['teacher_prompt_accuracy_se']:.3f}")
     lines.append(f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
                  f"{base['sampled_rollouts']:,} rollouts reflect")
     return "\n".join(lines)
@@ -367,13 +372,15 @@ def ablate(base, tokenizer, config, which, repeats, out, quick=False):
             student, history = train_one(base, tokenizer, changed, wrap=wrap)
             if len(history) < changed.steps:
                 return print(f"stopped; finished variants are in {out / f'ablate-{which}.json'}")
-            outcomes.append(examine(student, tokenizer, problems, config)[0] | {"seed": changed.seed, "seconds": time.perf_counter() - began})
+            spent = {"seed": changed.seed, "seconds": time.perf_counter() - began}
+            outcomes.append(examine(student, tokenizer, problems, config)[0] | spent)
             progress(f"{name}, run {repeat + 1} of {repeats}: accuracy {outcomes[-1]['accuracy']:.3f}, "
                      f"reflects {outcomes[-1]['reflection_rate']:.3f}", last=True)
         rows[name] = outcomes
         write_json(out / f"ablate-{which}.json", rows)
-    print(f"\n{which}: {len(problems)} {split} problems, one base model, {repeats} training seeds, mean ± standard error over these")
+    print(f"\n{which}: {len(problems)} {split} problems, one base model; mean ± standard error over {repeats} training seeds")
     for name, outcomes in rows.items():
-        (accuracy, se), (reflects, reflects_se) = (mean_and_se([o[key] for o in outcomes]) for key in ("accuracy", "reflection_rate"))
+        accuracy, se = mean_and_se([o["accuracy"] for o in outcomes])
+        reflects, reflects_se = mean_and_se([o["reflection_rate"] for o in outcomes])
         print(f"{name:<28} accuracy {accuracy:.3f} ± {se:.3f}   reflects {reflects:.3f} ± {reflects_se:.3f}   "
               f"took off in {sum(o['reflection_rate'] > 0.5 for o in outcomes)} of {repeats}")

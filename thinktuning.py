@@ -138,9 +138,10 @@ def learn(student, optimizer, rollouts, config, published, reference) -> dict[st
         for start in range(0, len(rollouts), size):
             results.append(update(
                 student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
-                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens, max_grad_norm=config.max_grad_norm, clip=config.clip,
-                dual_clip=config.dual_clip, unlikely=config.unlikely, shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef,
-                gamma_min=config.gamma_min, gamma_max=config.gamma_max, published="gamma" in published,
+                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
+                max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
+                shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
+                gamma_max=config.gamma_max, published="gamma" in published,
                 published_dual_clip="dual-clip" in published))
     seen = {key: [r[key] for r in results if key in r] for r in results for key in r}  # a mean over no tokens is absent
     return {key: sum(values) / len(values) for key, values in seen.items()}
@@ -243,7 +244,8 @@ def fitting(problems: list[Problem], model, tokenizer, config, source) -> list[P
     if len(kept) < len(problems):
         print(f"{source}: dropped {len(problems) - len(kept)} of {len(problems)} questions longer than {room} tokens")
     if not kept:
-        raise ValueError(f"{source}: no question fits into {room} tokens; lower --max-tokens{' or raise --max-prompt' * (room == config.max_prompt)}")
+        raise ValueError(f"{source}: no question fits into {room} tokens; "
+                         f"{'raise --max-prompt' if room == config.max_prompt else 'lower --max-tokens'}")
     return kept
 
 

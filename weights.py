@@ -97,7 +97,8 @@ def config_to_json(config) -> dict:
         "vocab_size": config.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "max_position_embeddings": config.max_seq_len,
+        "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling},
+        "max_position_embeddings": config.max_seq_len,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu",
     }
 
