@@ -73,7 +73,7 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
     test = load_problems("wordproblems", "test")
     test = test[:50] if quick else test
     results, records, curves = {}, {}, {}
-    results["base"], records["base"] = examine(base, tokenizer, test, config, samples=2 if quick else 12)
+    results["base"], records["base"] = examine(base, tokenizer, test, config, samples=2 if quick else 24)
     results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
     for method in ("grpo", "thinktuning"):
         started = time.perf_counter()
