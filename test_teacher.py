@@ -453,7 +453,7 @@ def test_published_4_a_long_augmented_response_is_cut_and_loses_its_end_and_its_
     augment(published, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9, {"cut"})
     augment(kept, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9)
     assert len(published.response) == 9 and END not in published.response and not published.finished
-    assert thinktuning.reward(published) == 0 and thinktuning.reward(kept, BUILTIN) == 1
+    assert thinktuning.reward(published) == 0 and thinktuning.reward(kept) == 1
 
 
 def test_published_5_with_the_wall_clock_as_seed_no_two_runs_choose_alike(monkeypatch):
