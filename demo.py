@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from config import DEMO, Config
 from data import load_problems, wordproblems
 from data.reward import answers, is_correct
-from data.scores import mean_and_se, score
+from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
 from record import Run, clock, progress
@@ -52,7 +52,6 @@ def prepare(args):
     settings = "".join(name for name, is_so in unusual if is_so)
     out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
     # a run on one repeats exactly however many cores there are.
     torch.set_num_threads(1)
@@ -69,6 +68,7 @@ def prepare(args):
 
 def demonstrate(out, cache, recipe, tokenizer, config, quick):
     began = time.perf_counter()
+    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
     base, seconds = base_model(cache, recipe, tokenizer, quick)
     test = load_problems("wordproblems", "test")
     test = test[:50] if quick else test
@@ -284,8 +284,7 @@ def same_question(records) -> str:
     """One test question that ThinkTuning gets right after a wrong first answer, as all three answer it."""
     def telling(i):
         problem, text, _ = records["thinktuning"][i]
-        found = answers(text)
-        return len(found) > 1 and is_correct(text, problem.answer) and not is_correct(f"\\boxed{{{found[0]}}}", problem.answer)
+        return is_correct(text, problem.answer) and not first_is_right(text, problem.answer)
 
     chosen = next(filter(telling, range(len(records["base"]))), None)
     title = "The first test question whose wrong first answer ThinkTuning mends:"

@@ -305,7 +305,9 @@ def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(tmp_path, 
 
 
 def test_ablations_run_every_variant(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("the demonstration's table")
     assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "2"]) == 0
+    assert (tmp_path / "summary.json").read_text() == "the demonstration's table"
     rows = json.loads((tmp_path / "ablate-stress.json").read_text())
     assert rows.keys() == demo.VARIANTS["stress"].keys() and all(len(v) == 2 for v in rows.values())
 

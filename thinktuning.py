@@ -113,6 +113,11 @@ def sample_responses(model, prompts, rows, **options):
     return responses, logprobs
 
 
+def spoken(tokenizer, ids: list[int]) -> str:
+    """The text of a response, without the stop token that ends a finished one."""
+    return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids)
+
+
 def sample_rollouts(student, tokenizer, batch, config, generator) -> list[Rollout]:
     """Step 1: G responses to each question, temperature 1, with log π_old of what was sampled."""
     prompts = [student_prompt(tokenizer, p.question) for p in batch]
@@ -120,7 +125,7 @@ def sample_rollouts(student, tokenizer, batch, config, generator) -> list[Rollou
                                            samples=config.samples, temperature=config.temperature, generator=generator)
     return [Rollout(prompts[i // config.samples], ids, finished=ids[-1] in tokenizer.stop, old_logprobs=logs,
                     question=batch[i // config.samples].question, answer=batch[i // config.samples].answer,
-                    text=tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids))
+                    text=spoken(tokenizer, ids))
             for i, (ids, logs) in enumerate(zip(responses, logprobs))]
 
 
@@ -152,8 +157,7 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
     prompts = [student_prompt(tokenizer, p.question) for p in problems]
     responses, _ = sample_responses(model, prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
                                     temperature=temperature, generator=torch.Generator().manual_seed(seed))
-    records = [(problems[i // samples], tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids),
-                ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
+    records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
     scores = score(records, samples)
     scores["mean_length"] = sum(map(len, responses)) / len(responses)
     scores["behaviours"] = dict(Counter(filter(None, (behaviour(text) for _, text, _ in records))))

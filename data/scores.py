@@ -12,7 +12,7 @@ def score(records, samples=1) -> dict:
     Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and maj@k join it.
     """
     right = [finished and is_correct(text, p.answer) for p, text, finished in records]
-    first = [bool(a := answers(text)) and canonical(a[0]) == canonical(p.answer) for p, text, _ in records]
+    first = [first_is_right(text, p.answer) for p, text, _ in records]
     second = [reflects(text) for _, text, _ in records]
     groups = [right[i : i + samples] for i in range(0, len(right), samples)]
     accuracy, se = mean_and_se([sum(g) / samples for g in groups])
@@ -53,6 +53,11 @@ def majority(records) -> float:
     """1 if the commonest final answer of one problem's finished responses is right; the earlier one wins a tie."""
     votes = Counter(canonical(a) for _, text, finished in records if finished and (a := final_answer(text)) is not None)
     return float(bool(votes) and votes.most_common(1)[0][0] == canonical(records[0][0].answer))
+
+
+def first_is_right(text: str, answer: str) -> bool:
+    found = answers(text)
+    return bool(found) and canonical(found[0]) == canonical(answer)
 
 
 def reflects(text: str) -> bool:
