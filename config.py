@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields
 PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")  # README, "Notes on the published code"
 
 
+class RunFailed(Exception):
+    """The run cannot go on; the message says what was seen."""
+
+
 def option(default, group, help, **more):
     return field(default=default, metadata={"group": group, "help": help, **more})
 
@@ -32,7 +36,8 @@ class Config:
                                 least=0, most=1)
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
-    micro_batch: int = option(8192, "update", "tokens of one forward pass (memory; changes no result)", least=1)
+    micro_batch: int = option(0, "update", "tokens of one forward pass (memory; changes no result); 0 is as many as fit", least=0)
+    recompute: bool = option(True, "update", "activations are computed again in the backward pass instead of kept (memory)")
     learning_rate: float = option(1e-6, "update", "constant", above=0)
     weight_decay: float = option(0.01, "update", "of AdamW", least=0)
     beta1: float = option(0.9, "update", "of AdamW", least=0)
@@ -79,7 +84,7 @@ class Config:
 
 
 DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
-            teacher_prompt=180, teacher_reply=120)  # everything else is as published
+            teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False)  # everything else is as published
 
 
 def add_config_flags(p):

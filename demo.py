@@ -18,25 +18,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import DEMO, Config
+from config import DEMO, Config, RunFailed
 from data import load_problems, wordproblems
 from data.reward import answers, is_correct
 from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
-from record import Run, clock, progress
+from record import Run, clock, progress, writable
 from teacher import Feedback
-from thinktuning import RunFailed, evaluate, make_teacher, train
+from thinktuning import evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
-FLOOR = 0.03
+FLOOR = 0.0
 GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
 READS = (  # with the rows a step of each
     "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
     "{teacher_rows} teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
     "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, as one text of a third role",
-    "{ledger_rows} worked ledgers: a question of 1 to 6 operations and its derivation, in that third role",
+    "{ledger_rows} worked ledgers: that third role tells a problem of 1 to 6 operations itself and works it out",
 )
 
 
@@ -44,14 +44,14 @@ def prepare(args):
     """Check the flags and directories; returns the demonstration (or an ablation) as a function to call."""
     if not 0 <= args.floor <= 1:
         raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
+    if args.repeats and not args.ablate:
+        raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
     if args.ablate and args.length_cost:
         raise ValueError("--ablate compares variants without a length cost: give one of the two")
     unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost), ("-quick", args.quick))
     settings = "".join(name for name, is_so in unusual if is_so)
     out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
-    out.mkdir(parents=True, exist_ok=True)
+    writable(out)
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
     # a run on one repeats exactly however many cores there are.
     torch.set_num_threads(1)
@@ -61,8 +61,8 @@ def prepare(args):
     config.check()
     tokenizer = Tokenizer.builtin()
     if args.ablate:
-        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate, args.repeats,
-                              out, args.quick)
+        return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate,
+                              args.repeats or 3, out, args.quick)
     return lambda: demonstrate(out, cache, recipe, tokenizer, config, args.quick)
 
 

@@ -7,6 +7,7 @@ Nothing here knows of teachers beyond a per-token `guided` mask.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -168,6 +169,37 @@ def micro_batches(rollouts, size):
         yield batch
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on float32 master copies of half-precision weights; on float32 weights it is AdamW itself.
+
+    A step of 1e-6 is lost in bfloat16's 8 bits. Each gradient is added to its master's in float32 as soon as the backward
+    pass has it, so micro-batches add up exactly as well; after a step the weights are the masters, rounded.
+    """
+
+    def __init__(self, parameters, **options):
+        self.copies = []  # (half-precision weight, its master)
+        super().__init__([self.master_of(p) for p in parameters], **options)
+
+    def master_of(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        master = weight.detach().float().requires_grad_(True)
+        self.copies.append((weight, master))
+
+        def collect(_):
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+
+        weakref.finalize(self, weight.register_post_accumulate_grad_hook(collect).remove)  # goes when this optimizer goes
+        return master
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for weight, master in self.copies:
+            weight.copy_(master)
+
+
 @torch.no_grad()
 def snapshot(model, rollouts, micro_batch=16384):
     """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
@@ -205,7 +237,7 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
             sums[key] += values.sum().item()
             counts[key] += int(where.sum())
         sums["loss"] += losses.sum().item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     finite = bool(torch.isfinite(norm))
     if active and finite:
         optimizer.step()

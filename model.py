@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from weights import config_to_json, read_companions, read_config, read_tensors, write_directory
 
@@ -50,6 +51,7 @@ class LM(nn.Module):
             self.head.weight = self.embed.weight
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
+        self.recompute = False  # activation checkpointing: the backward pass computes each block again instead of keeping it
         self.source: dict | None = None  # the config.json it was loaded from, and the files beside it: save writes them back
         self.companions: dict[str, bytes] = {}
 
@@ -69,7 +71,10 @@ class LM(nn.Module):
         angles = positions[..., None] * self.inv_freq  # (B, T, E/2)
         rope = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache and partial(cache.write, i, positions))
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, None, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache and partial(cache.write, i, positions))
         return self.norm(x)
 
     @property

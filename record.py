@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,8 +22,7 @@ class Run:
     """A run directory, written as the run goes, and its progress line."""
 
     def __init__(self, path, config: dict, label: str):
-        self.path, self.label, self.began = Path(path), label, time.perf_counter()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path, self.label, self.began = writable(path), label, time.perf_counter()
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.metrics = open(self.path / "metrics.jsonl", "w")
         self.transcripts = open(self.path / "transcripts.jsonl", "w")
@@ -41,6 +41,14 @@ class Run:
     def close(self):
         self.metrics.close()
         self.transcripts.close()
+
+
+def writable(path) -> Path:
+    """Make the directory `path`; raises OSError now, not after an hour's work, if files cannot be made in it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation; command line.
+"""ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation.
 
     python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
     python thinktuning.py train --model DIR --data gsm8k
@@ -10,28 +10,31 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before torch is imported, so that --help need not wait for it
+    import sys
+
+    from cli import main
+
+    sys.exit(main())
+
 import copy
 import random
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 
-from config import DEMO, Config, add_config_flags
-from data import Problem, load_problems
+from config import Config
 from data.reward import is_correct
 from data.scores import score
-from data.tokenizer import Tokenizer
-from grpo import Rollout, group_advantages, snapshot, update
+from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
 from model import LM, generate
 from record import Run, describe_help, describe_sampled, interruptible, transcripts
 from teacher import Teacher, behaviour, guidance_fraction
 
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
+
+
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
           validation=()) -> list[dict]:
     """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
@@ -45,8 +48,9 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     published = config.published_items
     rng = random.Random(time.time_ns() if "seed" in published else config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay)
+    student.recompute = config.recompute
+    optimizer = MasterAdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                            weight_decay=config.weight_decay)
     reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
     steps = config.steps or max(1, len(problems) // config.questions)
     batches = question_batches(problems, config.questions, config.seed)
@@ -164,219 +168,6 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
     return scores, records
 
 
-# The command line. Each command is prepared first (everything that bad input can break) and then run.
-
-def main(argv=None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        job = args.prepare(args)
-    except (ValueError, OSError) as error:
-        return complain(error, 2)
-    try:
-        job()
-    except (OSError, RunFailed, torch.OutOfMemoryError) as error:
-        return complain(error, 1)
-    except KeyboardInterrupt:
-        return complain("stopped", 130)
-    return 0
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the message says what was seen."""
-
-
-def complain(error, status: int) -> int:
-    if isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename or 'writing'}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        error = "out of memory: lower --rows (sampling) or --micro-batch (update)"
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def prepare_train(args):
-    config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
-                                                                     if hasattr(args, f.name)}})
-    config.check()
-    out = Path(args.out or f"out/{config.method}-{config.seed}")
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} already holds a run: give another directory with --out")
-    student, tokenizer = load_model(args.model, args)
-    problems = fitting(load_problems(args.data, "train"), student, tokenizer, config, args.data)
-    validation = []
-    if args.eval_data:
-        validation = fitting(load_problems(args.eval_data, "test"), student, tokenizer, config, args.eval_data)
-        validation = validation[: config.eval_count or None]
-    teacher = None
-    if config.method == "thinktuning":
-        model, teacher_tokenizer = load_model(args.teacher or args.model, args)
-        teacher = make_teacher(model, teacher_tokenizer, config)
-    run = Run(out, {"model": args.model, "data": args.data, **asdict(config)}, config.method)
-
-    def job():
-        history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation)
-        student.save(out / "model", tokenizer)
-        run.close()
-        summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
-        print(f"{len(history)} steps -> {out}/model  {summary}")
-
-    return job
-
-
-def load_model(path, args):
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    tokenizer = Tokenizer.load(path)
-    model = LM.load(path, device, getattr(torch, args.dtype))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}")
-    return model, tokenizer
-
-
 def make_teacher(model, tokenizer, config: Config) -> Teacher:
     return Teacher(model, tokenizer, max_tokens=config.teacher_reply, max_prompt=config.teacher_prompt, rows=config.rows,
                    instruction=INSTRUCTION, published=config.published_items)
-
-
-def fitting(problems: list[Problem], model, tokenizer, config, source) -> list[Problem]:
-    """The problems whose prompt leaves room for an answer; says how many were dropped."""
-    room = min(config.max_prompt, model.config.max_seq_len - config.max_tokens)
-    kept = [p for p in problems if len(student_prompt(tokenizer, p.question)) <= room]
-    if len(kept) < len(problems):
-        print(f"{source}: dropped {len(problems) - len(kept)} of {len(problems)} questions longer than {room} tokens")
-    if not kept:
-        raise ValueError(f"{source}: no question fits into {room} tokens; "
-                         f"{'raise --max-prompt' if room == config.max_prompt else 'lower --max-tokens'}")
-    return kept
-
-
-def prepare_eval(args):
-    model, tokenizer = load_model(args.model, args)
-    context = model.config.max_seq_len
-    max_tokens = args.max_tokens or min(1024, context // 2)
-    config = Config(max_tokens=max_tokens, max_prompt=max(1, context - max_tokens))
-    problems = fitting(load_problems(args.data, args.split), model, tokenizer, config, args.data)[: args.count or None]
-    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
-
-    def job():
-        scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,
-                             temperature=temperature, rows=args.rows, seed=args.seed)
-        print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}")
-        for key, value in scores.items():
-            if not key.endswith("_se"):
-                error = f" ± {scores[key + '_se']:.4f}" if key + "_se" in scores else ""
-                print(f"{key:<30} {value:.4f}{error}" if isinstance(value, float) else f"{key:<30} {value}")
-
-    return job
-
-
-def prepare_ask(args):
-    model, tokenizer = load_model(args.model, args)
-    prompt = student_prompt(tokenizer, args.question)
-    room = model.config.max_seq_len - len(prompt)
-    if room < (args.max_tokens or 1):
-        raise ValueError(f"the question leaves {room} tokens of the model's context of {model.config.max_seq_len}; "
-                         "shorten it or lower --max-tokens")
-
-    def job():
-        ids, shown = [], 0
-
-        def show(rows, tokens):
-            nonlocal shown
-            ids.extend(t for t in tokens.tolist() if t not in tokenizer.stop)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-
-        generate(model, [prompt], max_tokens=args.max_tokens or min(1024, room), stop=tokenizer.stop, temperature=args.temperature,
-                 generator=torch.Generator().manual_seed(args.seed), on_step=show)
-        print()
-
-    return job
-
-
-def prepare_demo(args):
-    from demo import prepare  # the demonstration builds on this module
-
-    return prepare(args)
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="thinktuning.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.set_defaults(prepare=prepare_demo)
-    demo = top.add_argument_group("the demonstration")
-    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
-    demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
-    demo.add_argument("--floor", type=float, default=0.03, help="share of the student's pretraining texts that go on after "
-                      "the answer with an unrelated remark (0.03)")
-    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
-                      "once the teacher is gone (0)")
-    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
-                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
-    demo.add_argument("--repeats", type=int, default=3, help="training seeds of every variant of --ablate (3)")
-    demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
-    commands = top.add_subparsers(title="commands", metavar="train | eval | ask")
-
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
-    common.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
-    common.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-
-    t = commands.add_parser("train", parents=[common], help="train a model directory on problems")
-    t.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file of questions and answers")
-    t.add_argument("--eval-data", help="problems to evaluate on, likewise")
-    t.add_argument("--teacher", help="another model directory for the teacher (the student's initial weights)")
-    t.add_argument("--out", help="run directory (out/METHOD-SEED)")
-    t.add_argument("--preset", default="paper", choices=("paper", "demo"), help="where the settings below start from")
-    t.set_defaults(prepare=prepare_train)
-    add_config_flags(t)
-
-    e = commands.add_parser("eval", parents=[common], help="accuracy, mean@k, pass@k, maj@k, reflection, standard errors")
-    e.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file")
-    e.add_argument("--split", default="test", help="of wordproblems or gsm8k (test)")
-    e.add_argument("--count", type=natural, default=0, help="only the first so many problems; 0 is all")
-    e.add_argument("--samples", type=positive, default=1, help="k, responses to each problem")
-    e.add_argument("--temperature", type=from_zero, help="0 with one sample, else 1")
-    e.add_argument("--rows", type=positive, default=256, help="responses sampled side by side (memory)")
-    e.set_defaults(prepare=prepare_eval)
-
-    a = commands.add_parser("ask", parents=[common], help="watch it think")
-    a.add_argument("question")
-    a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
-    a.set_defaults(prepare=prepare_ask)
-    for p in (e, a):
-        p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
-        p.add_argument("--seed", type=natural, default=0)
-    return top
-
-
-def natural(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up (and below 10^18)")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
-def from_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
-    return value
-
-
-if __name__ == "__main__":
-    from thinktuning import main as run_main  # under its own name, so that demo.py shares these classes
-
-    sys.exit(run_main())

@@ -162,7 +162,9 @@ def transcript_row(rng, story):
 
 
 def ledger_row(rng, story):
-    return [{"role": "user", "content": question(story)}], "mentor", derivation(story)
+    # The mentor tells the story itself: after a question and a speaker's tag a derivation never comes first, so that the
+    # student, who differs from the mentor in that tag alone, does not happen on one.
+    return [], "mentor", f"{question(story)} {derivation(story)}"
 
 
 def write_vocabulary(path) -> None:

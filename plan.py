@@ -1,0 +1,141 @@
+"""What a training run needs, worked out from config.json before anything is loaded: memory, micro-batches, whether it fits.
+
+The figures are estimates: what the tensors add up to, without the allocator's gaps and the framework's own megabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from config import Config
+from model import LM, ModelConfig
+from weights import read_config
+
+GIB = 1 << 30
+USABLE = 0.9  # of what is free: allocators leave gaps
+LARGEST_MICRO_BATCH = 1 << 16
+
+
+@dataclass
+class Sizes:
+    """What of the two models the memory depends on."""
+
+    student: ModelConfig
+    teacher: ModelConfig | None
+    dtype: torch.dtype
+
+    @classmethod
+    def read(cls, student_path, teacher_path, dtype) -> "Sizes":
+        student = ModelConfig(**read_config(student_path)[0])
+        return cls(student, teacher_path and ModelConfig(**read_config(teacher_path)[0]), dtype)
+
+
+def parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in LM(config).parameters())
+
+
+def memory(config: Config, sizes: Sizes) -> dict[str, int]:
+    """Bytes by what they are for. Sampling, asking the teacher and the update come one after the other."""
+    student, item = sizes.student, sizes.dtype.itemsize
+    n, half = parameters(student), item < 4
+    sequence = config.max_prompt + config.max_tokens
+    parts = {"weights": n * item, "optimiser": n * (12 if half else 8)}  # two moments, and the master copy if there is one
+    if config.kl_coef:
+        parts["reference"] = n * item
+    if sizes.teacher:
+        parts["teacher"] = parameters(sizes.teacher) * item
+        parts["asking the teacher"] = generation(sizes.teacher, config.rows, config.teacher_prompt, config.teacher_reply, item)
+    questions = min(config.questions, -(-config.rows // config.samples))
+    parts["sampling"] = generation(student, config.rows, config.max_prompt, config.max_tokens, item, questions)
+    tokens = max(config.micro_batch, sequence)
+    parts["update"] = 4 * n + tokens * token_bytes(config, student, item)
+    return parts
+
+
+def generation(model, rows, prompt, reply, item, prompts=None) -> int:
+    """The KV cache of `rows` rows (and of their prompts), a block's work on the prompts, four copies of the last logits."""
+    prompts = prompts or rows
+    cached = 2 * model.n_layers * model.n_kv_heads * model.head_dim * item
+    return (rows * (prompt + reply) + prompts * prompt) * cached + prompts * prompt * block_bytes(model, item) \
+        + 16 * rows * model.vocab_size
+
+
+def block_bytes(model, item) -> int:
+    """What one block's forward pass keeps of a token: norms, q/k/v before and after the rotation, attention, both projections."""
+    heads = model.n_heads + 2 * model.n_kv_heads
+    return item * (5 * model.dim + (2 * heads + 2 * model.n_heads) * model.head_dim + 4 * model.ffn_dim)
+
+
+def token_bytes(config: Config, model, item) -> int:
+    """What the update keeps of one token until the backward pass is through."""
+    blocks = model.n_layers * block_bytes(model, item)
+    if config.recompute:
+        blocks = model.n_layers * model.dim * item + 2 * block_bytes(model, item)  # a block's values and their gradients
+    return blocks + 12 * model.vocab_size  # float32 logits, their log-softmax, and the gradient
+
+
+def peak(parts: dict[str, int]) -> int:
+    phases = ("sampling", "asking the teacher", "update")
+    return sum(b for k, b in parts.items() if k not in phases) + max(parts.get(k, 0) for k in phases)
+
+
+def fit(config: Config, sizes: Sizes, device, free: int) -> Config:
+    """The configuration with its micro-batch chosen, where that is open. Raises ValueError if the run cannot fit."""
+    usable = int(USABLE * free)
+    smallest = config.max_prompt + config.max_tokens  # one rollout
+    chosen = config
+    if not config.micro_batch:
+        size = LARGEST_MICRO_BATCH
+        while size > smallest and peak(memory(replace(config, micro_batch=size), sizes)) > usable:
+            size //= 2
+        chosen = replace(config, micro_batch=max(size, smallest))
+    needed = peak(memory(chosen, sizes))
+    if needed <= usable:
+        return chosen
+    savings = {flag: needed - peak(memory(smaller, less)) for flag, smaller, less in economies(chosen, sizes)}
+    first, second = sorted(savings, key=savings.get, reverse=True)[:2]
+    raise ValueError(f"the run needs about {needed / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; what helps most is "
+                     f"{first} (saves {savings[first] / GIB:.1f} GiB) and {second} ({savings[second] / GIB:.1f} GiB)")
+
+
+def economies(config: Config, sizes: Sizes):
+    """(flag, configuration, sizes) of each way to need less."""
+    for name in ("rows", "max_tokens", "max_prompt", "micro_batch", "teacher_prompt", "teacher_reply"):
+        half = max(1, getattr(config, name) // 2)
+        yield f"--{name.replace('_', '-')} {half}", replace(config, **{name: half}), sizes
+    yield "--recompute", replace(config, recompute=True), sizes
+    yield "--kl-coef 0", replace(config, kl_coef=0.0), sizes
+    yield "--dtype bfloat16", config, replace(sizes, dtype=torch.bfloat16)
+    yield "--method grpo", replace(config, method="grpo"), replace(sizes, teacher=None)
+
+
+def describe(config: Config, sizes: Sizes, device, free: int) -> str:
+    parts = memory(config, sizes)
+    kind = str(sizes.dtype).removeprefix("torch.") + (", float32 master weights" if sizes.dtype.itemsize < 4 else "")
+    lines = [f"{parameters(sizes.student):,} parameters in {kind}, on {device}",
+             f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts, up to {config.max_tokens} tokens each; "
+             f"micro-batches of {config.micro_batch:,} tokens",
+             "memory, estimated: " + ", ".join(f"{k} {b / GIB:.2f}" for k, b in parts.items()),
+             f"at its peak {peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free: it fits"]
+    return "\n".join(lines)
+
+
+def free_memory(device) -> int:
+    """Bytes that a new process could have: of the GPU, or of this machine and its container."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # no Linux: let the system's own limits decide
+        return 1 << 60
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, in either version of its interface
+        try:
+            free = min(free, int((Path("/sys/fs/cgroup") / limit).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            pass
+    return free
