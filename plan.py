@@ -110,7 +110,6 @@ def economies(config: Config, sizes: Sizes):
     yield "--recompute", replace(config, recompute=True), sizes
     yield "--kl-coef 0", replace(config, kl_coef=0.0), sizes
     yield "--dtype bfloat16", config, replace(sizes, dtype=torch.bfloat16)
-    yield "--method grpo", replace(config, method="grpo"), replace(sizes, teacher=None)
 
 
 def describe(config: Config, sizes: Sizes, device, free: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo import (Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio, shaping_coefficient, snapshot,
+from grpo import (MasterAdamW, Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio, shaping_coefficient, snapshot,
                   token_logprobs, update)
 from model import LM, ModelConfig, generate
 
@@ -584,3 +584,71 @@ def test_two_runs_with_one_seed_end_in_the_same_bits():
     first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["embed.weight"], tiny_model().state_dict()["embed.weight"])
+
+
+# ------------------------------------------------------------------ float32 masters of half-precision weights
+
+
+def test_masters_of_float32_weights_are_the_weights():
+    model, plain = tiny_model(), tiny_model()
+    rollouts = ragged_rollouts(model)
+    for m, optimizer in ((model, MasterAdamW(model.parameters(), lr=1e-2)), (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2))):
+        for _ in range(3):
+            update(m, optimizer, rollouts)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
+    weights = {name: torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for name in ("master", "plain")}
+    exact = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizers = [MasterAdamW([weights["master"]], lr=1e-4, weight_decay=0.01),
+                  torch.optim.AdamW([weights["plain"]], lr=1e-4, weight_decay=0.01),
+                  torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.01)]
+    for _ in range(200):
+        for w in (*weights.values(), exact):
+            (w * torch.tensor([1.0, 0.5, 0.25, 2.0], dtype=w.dtype)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(weights["plain"], torch.ones(4, dtype=torch.bfloat16))  # each step is rounded away
+    master = optimizers[0].param_groups[0]["params"][0]
+    assert torch.allclose(master.double(), exact, atol=1e-5)
+    assert torch.equal(weights["master"], exact.detach().bfloat16())
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    def master_gradient(micro_batch):
+        model = tiny_model().bfloat16()
+        rollouts = ragged_rollouts(model) * 8
+        optimizer = MasterAdamW(model.parameters(), lr=0.0)
+        captured = []
+        optimizer.register_step_pre_hook(lambda o, *_: captured.extend(m.grad.clone() for _, m in o.copies))
+        update(model, optimizer, rollouts, micro_batch=micro_batch, max_grad_norm=1e9)
+        assert all(p.grad is None for p in model.parameters()) and all(g.dtype == torch.float32 for g in captured)
+        return torch.cat([g.flatten() for g in captured])
+
+    one, many = master_gradient(10**6), master_gradient(1)
+    assert torch.nn.functional.cosine_similarity(one, many, dim=0) > 0.999 and 0.98 < one.norm() / many.norm() < 1.02
+
+
+def test_a_second_optimizer_of_the_same_half_precision_model_takes_over():
+    model = tiny_model().bfloat16()
+    rollouts = ragged_rollouts(model)
+    for _ in range(2):
+        before = [p.clone() for p in model.parameters()]
+        optimizer = MasterAdamW(model.parameters(), lr=1e-2)
+        update(model, optimizer, rollouts)
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert all(torch.equal(w, m.bfloat16()) for w, m in optimizer.copies)
+        del optimizer
+
+
+def test_recomputing_activations_changes_no_gradient():
+    model = tiny_model()
+    rollouts = ragged_rollouts(model)
+    kept, _ = applied_gradient(model, rollouts)
+    calls = []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.recompute = True
+    again, _ = applied_gradient(model, rollouts)
+    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(kept, again))  # the block ran twice

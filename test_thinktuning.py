@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import demo
 import thinktuning
@@ -373,6 +374,17 @@ def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama
     assert main(["eval", "--model", str(run / "model"), "--data", str(GSM8K / "test.jsonl"), "--count", "3", "--samples", "2",
                  "--max-tokens", "8"]) == 0
     assert "maj@2" in capsys.readouterr().out
+
+
+def test_training_in_bfloat16_says_what_it_needs_and_saves_bfloat16(llama_directory, tmp_path, capsys):
+    flags = "--dtype bfloat16 --steps 1 --questions 2 --samples 3 --max-tokens 16 --teacher-reply 16 --mini-batch 2 --rows 4"
+    assert main(["train", "--model", str(llama_directory), "--data", str(GSM8K / "train.jsonl"), "--out", str(tmp_path),
+                 *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, float32 master weights" in out and "it fits" in out
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())
+    assert json.loads((tmp_path / "config.json").read_text())["micro_batch"] >= 512 + 16  # chosen, and written down
 
 
 def test_prompts_longer_than_the_context_are_counted_and_dropped(llama_directory, tmp_path, capsys):

@@ -1,0 +1,120 @@
+"""What a run is said to need: counted from the models themselves, and against what a process really takes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import plan
+from cli import main
+from config import Config
+from model import LM, ModelConfig
+from plan import GIB, USABLE, Sizes, fit, memory, peak
+
+LLAMA_3B = ModelConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_theta=500000.0, max_seq_len=131072, tie_embeddings=True)
+SMALL = ModelConfig(32000, 512, 8, 8, 4, 64, 1408, max_seq_len=1024)
+
+
+def test_parameters_are_those_of_the_model():
+    small = ModelConfig(300, 32, 2, 4, 2, 8, 64, qkv_bias=True, tie_embeddings=True)
+    assert plan.parameters(small) == sum(p.numel() for p in LM(small).parameters())
+    assert plan.parameters(LLAMA_3B) == 3_212_749_824  # its model card says 3.21B
+
+
+def test_parts_by_hand():
+    config = Config(micro_batch=4096, kl_coef=0.1, rows=20, samples=5)
+    n = plan.parameters(LLAMA_3B)
+    parts = memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))
+    assert parts["weights"] == parts["teacher"] == parts["reference"] == 2 * n
+    assert parts["optimiser"] == 12 * n  # float32: master, two moments
+    cached = 2 * 28 * 8 * 128 * 2  # bytes a position: k and v
+    assert parts["sampling"] > (20 * (512 + 1024) + 4 * 512) * cached
+    assert parts["asking the teacher"] > 20 * (3072 + 1024) * cached
+    assert memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.float32))["optimiser"] == 8 * n
+    assert peak(parts) == sum(b for k, b in parts.items() if k not in ("sampling", "asking the teacher", "update")) + max(
+        parts["sampling"], parts["asking the teacher"], parts["update"])
+
+
+@pytest.mark.parametrize("free", [4, 5, 9, 30])
+def test_the_micro_batch_is_the_largest_that_fits(free):
+    sizes, config = Sizes(SMALL, SMALL, torch.float32), Config(rows=8)
+    chosen = fit(config, sizes, "cpu", free * GIB)
+    assert peak(memory(chosen, sizes)) <= USABLE * free * GIB
+    larger = replace(chosen, micro_batch=2 * chosen.micro_batch)
+    assert chosen.micro_batch == plan.LARGEST_MICRO_BATCH or peak(memory(larger, sizes)) > USABLE * free * GIB
+    given = replace(config, micro_batch=2048)
+    assert fit(given, sizes, "cpu", free * GIB) == given  # what the user asks for stands
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_two_best_flags():
+    config, sizes = Config(rows=512, micro_batch=8192), Sizes(SMALL, SMALL, torch.float32)
+    needed = peak(memory(config, sizes))
+    with pytest.raises(ValueError, match=r"the run needs about .* GiB free; what helps most is (--\S+ \S+) .* and (--\S+)") as error:
+        fit(config, sizes, "cuda", needed)
+    advice = {flag: needed - peak(memory(*changed)) for flag, *changed in plan.economies(config, sizes)}
+    named = [flag for flag in advice if flag in str(error.value)]
+    assert sorted(named) == sorted(sorted(advice, key=advice.get, reverse=True)[:2])
+    flag, changed, less = next(e for e in plan.economies(config, sizes) if e[0] == named[0])
+    assert peak(memory(changed, less)) < needed
+
+
+def test_the_refusal_reaches_the_user_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    LM(ModelConfig(300, 32, 2, 2, 1, 16, 64)).save(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1 << 20)
+    assert main(["train", "--model", str(tmp_path / "model"), "--data", "wordproblems", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "GiB" in error and error.count("--") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_memory_is_a_number_of_this_machine():
+    assert 1 << 20 < plan.free_memory("cpu") < 1 << 61
+
+
+MEASURE = """
+import random, sys
+import torch
+from config import Config
+from grpo import MasterAdamW, Rollout, update
+from model import LM, generate
+from plan import Sizes, memory, peak
+from test_plan import SMALL
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+torch.set_num_threads(1)
+dtype, micro_batch, recompute = getattr(torch, sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "recompute"
+config = Config(method="grpo", rows=16, samples=4, questions=4, max_prompt=128, max_tokens=256, micro_batch=micro_batch, recompute=recompute)
+rng = random.Random(0)
+ids = lambda n: [rng.randrange(32000) for _ in range(n)]
+rollouts = [Rollout(ids(128), ids(256), True, advantage=rng.choice((-1.0, 1.0))) for _ in range(16)]
+torch.ones(8, 8, dtype=dtype) @ torch.ones(8, 8, dtype=dtype)
+before = status("VmRSS")
+with torch.device("meta"):
+    model = LM(SMALL).to(dtype)
+model.to_empty(device="cpu")
+for p in model.parameters():
+    torch.nn.init.normal_(p, std=0.02)
+model.recompute = recompute
+optimizer = MasterAdamW(model.parameters(), lr=1e-5)
+for _ in range(2):  # the first step makes the optimiser's state
+    update(model, optimizer, rollouts, micro_batch=micro_batch)
+print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("float32", "2048", "keep"), ("float32", "2048", "recompute"), ("float32", "512", "recompute")])
+def test_the_estimate_is_near_what_a_process_takes(settings):
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    done = subprocess.run([sys.executable, "-c", MEASURE, *settings], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    print("measured / estimated", done.stdout)
+    assert 0.7 < float(done.stdout) < 1.3
