@@ -44,13 +44,17 @@ def prepare_train(args):
     from data import load_problems
     from record import Run
     from thinktuning import make_teacher, train
+    from weights import read_json
 
     config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
                                                                      if hasattr(args, f.name)}})
     config.check()
     out = Path(args.out or f"out/{config.method}-{config.seed}")
     if (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} already holds a run: give another directory with --out")
+        if not args.resume:
+            raise ValueError(f"{out} already holds a run: continue it with --resume, or give another directory with --out")
+        if not config.micro_batch:  # what was chosen then: another size would round differently
+            config = replace(config, micro_batch=read_json(out / "config.json").get("micro_batch", 0))
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     sizes = plan.Sizes.read(args.model, teacher_path, dtype)
@@ -65,7 +69,8 @@ def prepare_train(args):
         validation = fitting(load_problems(args.eval_data, "test"), student, tokenizer, config, args.eval_data)
         validation = validation[: config.eval_count or None]
     teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
-    run = Run(out, {"model": args.model, "data": args.data, "dtype": args.dtype, **asdict(config)}, config.method)
+    run = Run(out, {"model": args.model, "data": args.data, "dtype": args.dtype, **asdict(config)}, config.method,
+              args.resume)
 
     def job():
         history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation)
@@ -211,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--eval-data", help="problems to evaluate on, likewise")
     t.add_argument("--teacher", help="another model directory for the teacher (the student's initial weights)")
     t.add_argument("--out", help="run directory (out/METHOD-SEED)")
+    t.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint, if there is one")
     t.add_argument("--preset", default="paper", choices=("paper", "demo"), help="where the settings below start from")
     t.set_defaults(prepare=prepare_train)
     add_config_flags(t)

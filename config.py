@@ -26,6 +26,8 @@ class Config:
     steps: int = option(0, "run", "training steps; 0 is one epoch", least=0)
     eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
     eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
+    save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0)
+    keep: int = option(2, "run", "checkpoints kept", least=1)
     questions: int = option(128, "rollouts", "B, questions a step", least=1)
     samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
     max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
@@ -84,7 +86,8 @@ class Config:
 
 
 DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
-            teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False)  # everything else is as published
+            teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False,
+            save_every=0)  # everything else is as published
 
 
 def add_config_flags(p):

@@ -24,7 +24,7 @@ from data.reward import answers, is_correct
 from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
-from record import Run, clock, progress, writable
+from record import Run, clock, progress, writable, write_json
 from teacher import Feedback
 from thinktuning import evaluate, make_teacher, train
 
@@ -298,12 +298,6 @@ def same_question(records) -> str:
         for line in filter(None, reflection.split("\n\n")):
             parts.append(f"{'':>12}  " + (f"\x1b[33m{line}\x1b[0m" if sys.stdout.isatty() else f"| {line}"))
     return "\n".join(parts)
-
-
-def write_json(path: Path, content) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
 
 
 # Ablations: the same base, budget and problems, one thing changed.

@@ -13,26 +13,61 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import checkpoint
 from data.reward import is_correct
 from data.scores import reflects
 from teacher import behaviour
+from weights import read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing keeps two runs apart
+    fcntl = None
 
 
 class Run:
-    """A run directory, written as the run goes, and its progress line."""
+    """A run directory, written as the run goes, its checkpoints and its progress line.
 
-    def __init__(self, path, config: dict, label: str):
-        self.path, self.label, self.began = writable(path), label, time.perf_counter()
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.metrics = open(self.path / "metrics.jsonl", "w")
-        self.transcripts = open(self.path / "transcripts.jsonl", "w")
+    With `resume` it goes on where the directory's newest checkpoint ends, if there is one. Raises ValueError while
+    another process writes to the same directory.
+    """
+
+    def __init__(self, path, config: dict, label: str, resume=False):
+        self.path, self.config, self.label, self.began = writable(path), config, label, time.perf_counter()
+        self.lock = lock(self.path / "lock")
+        self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
+        self.resume, self.began_at = resume, 0
+        stored = self.path / "config.json"
+        if resume and stored.exists():
+            same_settings(stored, config)
+        else:
+            for file in self.files:
+                file.write_bytes(b"")
+            write_json(stored, config)
+        self.metrics, self.transcripts = (open(file, "a") for file in self.files)
+
+    def restore(self, student, optimizer) -> tuple[int, list[dict]]:
+        """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
+        if not self.resume:
+            return 0, []
+        self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
+        self.close()
+        kept = [cut(file, self.began_at) for file in self.files]
+        self.metrics, self.transcripts = (open(file, "a") for file in self.files)
+        return self.began_at, kept[0]
+
+    def save(self, step, student, optimizer):
+        """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
+        for file in self.files:
+            checkpoint.flush(file)
+        checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"])
 
     def log(self, metrics, steps, transcripts):
         print(json.dumps(metrics), file=self.metrics, flush=True)
         for line in transcripts:
             print(json.dumps(line), file=self.transcripts, flush=True)
         done = metrics["step"] + 1
-        left = (time.perf_counter() - self.began) / done * (steps - done)
+        left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
         progress(f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
                  f"reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
                  f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
@@ -41,6 +76,49 @@ class Run:
     def close(self):
         self.metrics.close()
         self.transcripts.close()
+
+
+def same_settings(path: Path, config: dict):
+    """Raises ValueError, naming what differs, unless the run to be resumed has the settings in the file."""
+    before, now = read_json(path), json.loads(json.dumps(config))
+    if changed := [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
+        told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
+        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, or another --out")
+
+
+def write_json(path: Path, content) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def lock(path: Path):
+    """The open file that marks a run directory as taken until this process ends, however it ends."""
+    file = open(path, "a")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path.parent} is in use by another run: wait for it, or give another directory with --out") from None
+    return file
+
+
+def cut(path: Path, step: int) -> list[dict]:
+    """Take the lines of `step` and later out of a .jsonl file, a half-written last one too; returns those that stay."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if entry["step"] >= step or not line.endswith("\n"):
+            break
+        kept.append((line, entry))
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(line for line, _ in kept))
+    checkpoint.flush(shorter)
+    shorter.replace(path)
+    return [entry for _, entry in kept]
 
 
 def writable(path) -> Path:

@@ -693,3 +693,41 @@ def test_loading_needs_the_model_and_its_largest_tensor_and_no_more(tmp_path):
               "before = kib('VmRSS'); model = LM.load(sys.argv[1]); print((kib('VmHWM') - before) * 1024)")
     growth = int(subprocess.run([sys.executable, "-c", script, tmp_path / "big"], check=True, capture_output=True, text=True).stdout)
     assert size > 1e9 and growth < 1.15 * size, (size, growth)
+
+
+# ------------------------------------------------------------------ the README's table
+
+
+WIDE = dict(vocab_size=2000, hidden_size=448, intermediate_size=1200, num_hidden_layers=4, num_attention_heads=7,
+            num_key_value_heads=1, max_position_embeddings=131072)
+LLAMA31_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}
+PUBLISHED_SHAPES = {  # fewer layers and a smaller width than the published ones; head size, rotation, biases, norms and ties are theirs
+    "Llama 3 8B": transformers.LlamaConfig(
+        **WIDE, head_dim=128, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    "Llama 3.1 8B": transformers.LlamaConfig(**WIDE, head_dim=128, rms_norm_eps=1e-5, rope_parameters=LLAMA31_ROPE),
+    "Llama 3.2 1B": transformers.LlamaConfig(
+        **WIDE, head_dim=64, rms_norm_eps=1e-5, rope_parameters={**LLAMA31_ROPE, "factor": 32.0}, tie_word_embeddings=True),
+    "Qwen2.5 0.5B": transformers.Qwen2Config(
+        **WIDE, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True),
+    "Qwen2.5 7B": transformers.Qwen2Config(**WIDE, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "Qwen3 0.6B": transformers.Qwen3Config(
+        **WIDE, head_dim=128, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True),
+    "Qwen3 8B": transformers.Qwen3Config(
+        **WIDE, head_dim=128, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED_SHAPES)
+def test_parity_over_a_thousand_positions(name, tmp_path):
+    """Shown by `python -m pytest -q -s -m slow -k parity`."""
+    theirs = liven(transformers.AutoModelForCausalLM.from_config(PUBLISHED_SHAPES[name]))
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(0, WIDE["vocab_size"], (2, 1200))
+    with torch.no_grad():
+        expected, ours = theirs(tokens).logits, LM.load(tmp_path)(tokens)
+    worst = (ours - expected).abs().max().item()
+    print(f"\n{name}: worst difference {worst:.1e} in fp32 logits of standard deviation {expected.std():.2f}, "
+          f"transformers {transformers.__version__}")
+    assert worst < 1e-4 * max(1, expected.std().item())

@@ -24,7 +24,7 @@ from model import LM, ModelConfig
 from teacher import guidance_fraction, parse_feedback
 from cli import main
 from config import Config
-from thinktuning import evaluate, question_batches, student_prompt, train
+from thinktuning import evaluate, questions_of_step, seeds_of_step, student_prompt, train
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parent / "shared" / "gsm8k"
@@ -133,12 +133,20 @@ def test_published_7_a_schedule_started_anew_brings_the_teacher_back_and_a_funct
     assert all(guidance_fraction(step, total) == 0.0 for step in range(stopped_at, total))
 
 
-def test_question_batches_show_every_problem_once_an_epoch():
+def test_every_epoch_shows_every_problem_once_in_an_order_of_its_own():
     problems = list(range(10))
-    batches = question_batches(problems, 4, seed=3)
-    shown = [p for _ in range(5) for p in next(batches)]
-    assert Counter(shown[:10]) == Counter(shown[10:]) == Counter(problems)
-    assert shown[:10] != shown[10:] and shown[:4] == next(question_batches(problems, 4, seed=3))
+    shown = [p for step in range(5) for p in questions_of_step(problems, 4, 3, step)]
+    assert Counter(shown[:10]) == Counter(shown[10:]) == Counter(problems) and shown[:10] != shown[10:]
+    assert len(questions_of_step(problems, 25, 3, 0)) == 25  # a step may be longer than an epoch
+
+
+def test_the_random_streams_of_a_step_depend_on_seed_and_step_alone():
+    def draws(seed, step):
+        generator, rng = seeds_of_step(seed, step)
+        return torch.rand(3, generator=generator).tolist(), rng.random()
+
+    assert draws(1, 2) == draws(1, 2)
+    assert len({str(draws(seed, step)) for seed in range(20) for step in range(20)}) == 400
 
 
 def test_sampling_in_slices_changes_the_memory_and_not_the_order():

@@ -24,7 +24,7 @@ from collections import Counter
 
 import torch
 
-from config import Config
+from config import Config, RunFailed
 from data.reward import is_correct
 from data.scores import score
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
@@ -33,6 +33,7 @@ from record import Run, describe_help, describe_sampled, interruptible, transcri
 from teacher import Teacher, behaviour, guidance_fraction
 
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
+FAULTS = 10  # steps in a row without a finite gradient
 
 
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
@@ -42,23 +43,23 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
     5 augment the rollouts; 6 reward; 7 group-relative advantages; 8 snapshot π_old, loss, optimiser step.
 
-    `run` (a Run) gets metrics and transcripts. SIGINT or SIGTERM ends it after the step in progress.
+    `run` (a Run) gets metrics, transcripts and checkpoints, and knows where to go on. SIGINT or SIGTERM ends it after the
+    step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient.
     """
     config.check()
     published = config.published_items
-    rng = random.Random(time.time_ns() if "seed" in published else config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
     student.recompute = config.recompute
     optimizer = MasterAdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay)
     reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
     steps = config.steps or max(1, len(problems) // config.questions)
-    batches = question_batches(problems, config.questions, config.seed)
-    history = []
+    done, history = run.restore(student, optimizer) if run else (0, [])
     with interruptible() as interrupted:
-        for step in range(steps):
+        for step in range(done, steps):
             began = time.perf_counter()
-            rollouts = sample_rollouts(student, tokenizer, next(batches), config, generator)  # 1
+            batch = questions_of_step(problems, config.questions, config.seed, step)
+            generator, rng = seeds_of_step(config.seed, step, published)
+            rollouts = sample_rollouts(student, tokenizer, batch, config, generator)  # 1
             metrics = {"step": step, **describe_sampled(rollouts)}
             sampled = sum(len(r.response) for r in rollouts)
             fraction = 0.0
@@ -85,19 +86,27 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             history.append(metrics)
             if run:
                 run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step))
+                if config.save_every and ((step + 1) % config.save_every == 0 or interrupted.is_set or step + 1 == steps):
+                    run.save(step + 1, student, optimizer)
+            if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
+                raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, gradient norm "
+                                f"{metrics['grad_norm']:.3g}): nothing was changed in them; try a lower --learning-rate or --dtype float32")
             if interrupted.is_set:
                 break
     return history
 
 
-def question_batches(problems, size, seed):
-    """Batches of `size` questions for ever, every problem once before any comes again; epochs are shuffled apart."""
-    rng, waiting = random.Random(f"data {seed}"), []
-    while True:
-        while len(waiting) < size:
-            waiting += rng.sample(problems, len(problems))
-        yield waiting[:size]
-        waiting = waiting[size:]
+def questions_of_step(problems, size, seed, step):
+    """A step's questions: every problem once before any comes again, and each epoch in an order of its own."""
+    n, places = len(problems), range(step * size, (step + 1) * size)
+    orders = {epoch: random.Random(f"data {seed} {epoch}").sample(problems, n) for epoch in {i // n for i in places}}
+    return [orders[i // n][i % n] for i in places]
+
+
+def seeds_of_step(seed, step, published=frozenset()):
+    """The random streams of a step, for sampling and for choosing. They depend on nothing before it: a resumed run has them too."""
+    choosing = time.time_ns() if "seed" in published else f"choosing {seed} {step}"
+    return torch.Generator().manual_seed(random.Random(f"sampling {seed} {step}").getrandbits(63)), random.Random(choosing)
 
 
 def student_prompt(tokenizer, question: str) -> list[int]:

@@ -1,0 +1,128 @@
+"""Checkpoints: everything the next step depends on, written so that a crash at any moment leaves a whole one behind.
+
+    checkpoint/step-00000040/    model.safetensors  optimizer.safetensors  state.json
+
+The random streams of a step and the teacher's schedule are functions of the seed and the step (thinktuning.seeds_of_step,
+teacher.guidance_fraction), so the step's number is all there is to keep of them. Tensors are safetensors and the rest
+is JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from config import RunFailed
+
+
+def save(directory: Path, step: int, student, optimizer, config: dict, keep: int) -> None:
+    """Write the state after `step` steps beside the older ones; only then do those beyond the newest `keep` go.
+
+    Raises OSError. Whatever happens, the newest whole checkpoint of before is still there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final, new = place(directory, step), directory / "unfinished"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        for name, tensors in (("model", weights(student)), ("optimizer", moments(optimizer))):
+            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, new / f"{name}.safetensors")
+        sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
+        state = {"step": step, "config_sha256": hash_of(config), "sha256": sums}
+        (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*new.iterdir(), new):
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged, and is made again
+        os.rename(new, final)
+        flush(directory)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        last = max(directory.glob("step-*"), default="none")
+        raise OSError(f"the checkpoint of step {step} could not be written ({error}); the last one is {last}: "
+                      "make room and go on with --resume") from None
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(directory: Path, student, optimizer, config: dict) -> int:
+    """Load the newest whole checkpoint into both; returns its number of steps, 0 where there is none.
+
+    Raises RunFailed where none of those there can be used.
+    """
+    found = sorted(directory.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            step = verified_step(path, config)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{path} is damaged ({error}); going back to the one before", file=sys.stderr)
+            continue
+        load_tensors(path, student, optimizer)
+        return step
+    if found:
+        raise RunFailed(f"no checkpoint in {directory} is whole: start anew in another directory")
+    return 0
+
+
+def verified_step(path: Path, config: dict) -> int:
+    """The number of steps of a checkpoint whose files are what its state.json says they are."""
+    state = json.loads((path / "state.json").read_text())
+    if state["config_sha256"] != hash_of(config):
+        raise ValueError("it belongs to another configuration")
+    for name, expected in state["sha256"].items():
+        if checksum(path / name) != expected:
+            raise ValueError(f"{name} has changed since it was written")
+    return state["step"]
+
+
+def hash_of(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def weights(student) -> dict:
+    return dict(student.named_parameters())  # a tied head is there once
+
+
+def moments(optimizer) -> dict:
+    """AdamW's state and the master copies of half-precision weights, by the number of the parameter."""
+    tensors = {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    return tensors | {f"{i}.master": master for i, (_, master) in enumerate(optimizer.copies)}
+
+
+@torch.no_grad()
+def load_tensors(path: Path, student, optimizer) -> None:
+    for name, tensor in load_file(path / "model.safetensors").items():
+        weights(student)[name].copy_(tensor)
+    state: dict[int, dict] = {}
+    for name, tensor in load_file(path / "optimizer.safetensors").items():
+        i, _, key = name.partition(".")
+        if key == "master":
+            optimizer.copies[int(i)][1].copy_(tensor)
+        else:
+            state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def place(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08}"
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """To the disk itself: a file's content, or a directory's list of files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
