@@ -31,8 +31,11 @@ class Rollout:
 def group_advantages(rewards):
     """Z-score rewards inside each question's group: (Q, G) -> (Q, G). METHOD step 7.
 
-    A group whose rewards are all equal gets zeros: it carries no signal.
+    A group whose rewards are all equal gets zeros: it carries no signal. Raises ValueError for anything but a matrix of
+    finite numbers.
     """
+    if rewards.dim() != 2 or not rewards.isfinite().all():
+        raise ValueError(f"rewards must be a matrix of finite numbers, (questions, samples), not {tuple(rewards.shape)}")
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # not left to rounding, which 1e-6 would blow up
     if equal.all():
         return torch.zeros_like(rewards)
@@ -219,6 +222,9 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
     applied; metrics["skipped"] is then 1. `published_dual_clip` leaves the dual clip out where no rollout is guided.
     """
     snapshot(model, rollouts, micro_batch)
+    for r in rollouts:
+        if len(r.old_logprobs) != len(r.response):
+            raise ValueError(f"a rollout has {len(r.response)} tokens and {len(r.old_logprobs)} log-probabilities of the old policy")
     if published_dual_clip and all(r.guided_from is None for r in rollouts):
         loss_options["dual_clip"] = None
     total = max(1, sum(len(r.response) for r in rollouts))

@@ -86,7 +86,7 @@ class Teacher:
         self.instruction, self.published = instruction, published
         self.style = style or ("tag" if tokenizer.family == "wordproblems" else "exemplars")
         self.prefix_ids, self.prefix = [], None
-        self.dropped = 0  # requests too long for max_prompt
+        self.dropped = self.cut = 0  # requests too long for max_prompt, replies that ran into max_tokens
         if self.style == "exemplars":
             self.prefix_ids = self.prompt("", "")
             if len(self.prefix_ids) > self.max_prompt:
@@ -129,7 +129,10 @@ class Teacher:
     def parse(self, ids: list[int]) -> Feedback | None:
         if "reencode" in self.published:  # the published code cuts at 512 tokens before it looks for tags
             return parse_feedback(self.tokenizer.decode([t for t in ids if t not in self.tokenizer.stop][:512]))
-        return parse_feedback(self.tokenizer.decode(ids[:-1])) if ids[-1] in self.tokenizer.stop else None
+        if ids[-1] not in self.tokenizer.stop:
+            self.cut += 1
+            return None
+        return parse_feedback(self.tokenizer.decode(ids[:-1]))
 
     def guide(self, rollouts, group_size, fraction, rng, max_tokens):
         """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about."""

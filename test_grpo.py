@@ -586,6 +586,22 @@ def test_two_runs_with_one_seed_end_in_the_same_bits():
     assert not torch.equal(first["embed.weight"], tiny_model().state_dict()["embed.weight"])
 
 
+@pytest.mark.parametrize("rewards", [torch.ones(4), torch.tensor([[0.0, math.nan]]), torch.tensor([[math.inf, 1.0]])])
+def test_rewards_that_are_no_finite_matrix_are_refused(rewards):
+    with pytest.raises(ValueError, match="matrix of finite numbers"):
+        group_advantages(rewards)
+
+
+def test_a_rollout_that_is_not_whole_is_refused_before_anything_changes():
+    model = tiny_model()
+    rollouts = ragged_rollouts(model)
+    rollouts[3].old_logprobs = [-1.0]
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="a rollout has"):
+        update(model, torch.optim.AdamW(model.parameters()), rollouts)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 # ------------------------------------------------------------------ float32 masters of half-precision weights
 
 

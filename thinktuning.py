@@ -80,6 +80,8 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             metrics |= learn(student, optimizer, rollouts, config, published, reference)  # 8
             metrics["tokens_per_second"] = sampled / (time.perf_counter() - began)
             due = step + 1 == steps or config.eval_every and (step + 1) % config.eval_every == 0
+            if due and teacher is not None:
+                tell_if_mute(teacher, [*history, metrics])
             if validation and due and not interrupted.is_set:
                 scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows)
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
@@ -94,6 +96,14 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             if interrupted.is_set:
                 break
     return history
+
+
+def tell_if_mute(teacher, history):
+    """A teacher of whom hardly anything is understood teaches nothing: say so, with its parse rate."""
+    asked, parsed = (sum(m[key] for m in history) for key in ("teacher_asked", "teacher_parsed"))
+    if asked and parsed < asked / 10:
+        print(f"the teacher's replies: {parsed} of {asked} had the asked form; {teacher.cut} ran into --teacher-reply, "
+              f"{teacher.dropped} requests were longer than --teacher-prompt")
 
 
 def questions_of_step(problems, size, seed, step):
