@@ -20,11 +20,12 @@ import thinktuning
 from data import Problem, load_problems, wordproblems
 from data.scores import majority, mean_and_se, pass_at_k, score
 from data.tokenizer import Tokenizer
+from grpo import Rollout
 from model import LM, ModelConfig
 from teacher import guidance_fraction, parse_feedback
 from cli import main
 from config import Config
-from thinktuning import evaluate, questions_of_step, seeds_of_step, student_prompt, train
+from thinktuning import evaluate, questions_of_step, reward, seeds_of_step, student_prompt, train
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parent / "shared" / "gsm8k"
@@ -408,6 +409,21 @@ def test_ask_streams_what_generate_gives(model_directory, capsys):
     model, tokenizer = LM.load(model_directory), Tokenizer.load(model_directory)
     ids = thinktuning.generate(model, [student_prompt(tokenizer, question)], max_tokens=9, stop=tokenizer.stop, temperature=0)[0]
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode([i for i in ids if i not in tokenizer.stop]).rstrip("\n")
+
+
+@pytest.mark.parametrize("text, earns", [
+    (r"\boxed{3} \boxed{5} \boxed{7}", 1), (r"\boxed{7} \boxed{3}", 0), (r"\boxed{7} and so \boxed{", 0), (r"\boxed{7} \boxed{3", 0),
+    (r"\boxed{7 or 8}", 0), (r"\boxed{7, 8}", 0), (r"\boxed{\boxed{7}}", 1), (r"\boxed{\boxed{8}7}", 0),
+    (r"\boxed{8}<|end|>\boxed{7}", 1), (r"\boxed{7}<|end|><|student|>\boxed{8}", 0),
+    (r"<opinion>correct</opinion><reason>x</reason><phrase>\boxed{7}</phrase> \boxed{8}", 0),
+    ("\\boxed{\uff17}", 0), ("\\boxed{\u0667}", 0), ("\\boxed{\u2077}", 0), (r"\boxed{seven}", 0), (r"\boxed{7e0}", 0),
+    (r"\boxed{07e0}", 0), (r"\boxed{inf}", 0), (r"\boxed{nan}", 0), (r"\boxed{1e400}", 0), (r"\boxed{" + "7" * 100_000 + "}", 0),
+    ("{" * 100_000, 0), ("", 0), ("7", 0), (r"\boxed{7.0}", 1), (r"\boxed{14/2}", 1)])
+def test_what_a_policy_might_try(text, earns):
+    rollout = Rollout([1], [2], finished=True, question=r"It is \boxed{7}, is it not?", answer="7", text=text)
+    assert reward(rollout) == earns
+    rollout.finished = False
+    assert reward(rollout) == 0
 
 
 # Bad input
