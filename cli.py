@@ -195,8 +195,8 @@ def parser() -> argparse.ArgumentParser:
     demo = top.add_argument_group("the demonstration")
     demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
     demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
-    demo.add_argument("--floor", type=float, default=0.0, help="share of the student's pretraining texts that go on after "
-                      "the answer with an unrelated remark (0)")
+    demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
+                      "the answer with an unrelated remark (0.01)")
     demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
                       "once the teacher is gone (0)")
     demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),

@@ -29,11 +29,12 @@ from teacher import Feedback
 from thinktuning import evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
-              student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
-FLOOR = 0.0
+              student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, remark_rows=2, student_weight=2.0)
+FLOOR = 0.01
 GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
 READS = (  # with the rows a step of each
     "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
+    "{remark_rows} student remarks: only such a remark, after an answer and a blank line (left out at --floor 0)",
     "{teacher_rows} teacher texts: a question, somebody's attempt (40% right), then opinion (20% mistaken), reason, phrase",
     "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, as one text of a third role",
     "{ledger_rows} worked ledgers: that third role tells a problem of 1 to 6 operations itself and works it out",
@@ -177,8 +178,10 @@ def rows_of_step(recipe, step, rng, tokenizer):
     rows += [(wordproblems.teacher_row(rng, story()), 1.0) for _ in range(recipe["teacher_rows"])]
     rows += [(wordproblems.transcript_row(rng, story()), 1.0) for _ in range(recipe["transcript_rows"])]
     rows += [(wordproblems.ledger_row(rng, story(rng.randint(1, longest))), 1.0) for _ in range(recipe["ledger_rows"])]
+    rows += [(wordproblems.remark_row(rng, story()), 1.0) for _ in range(recipe["remark_rows"] if recipe["floor"] else 0)]
     end = [tokenizer.special["<|end|>"]]
-    return [(tokenizer.render(messages, role), tokenizer.encode(text) + end, weight) for (messages, role, text), weight in rows]
+    return [(tokenizer.render(r.messages, r.role) + tokenizer.encode(r.begun), tokenizer.encode(r.text) + end, weight)
+            for r, weight in rows]
 
 
 def response_loss(model, rows) -> float:

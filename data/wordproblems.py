@@ -28,6 +28,15 @@ DIFFICULTY = {1: 1, 2: 3, 3: 3, 4: 3}  # number of operations: how often
 SIZES = {"train": 8000, "validation": 500, "test": 500}
 
 
+class Text(NamedTuple):
+    """What a base model reads: the loss is on `text`, which `role` says after `messages`, having `begun` already."""
+
+    messages: list[dict]
+    role: str
+    text: str
+    begun: str = ""
+
+
 class Story(NamedTuple):
     name: str
     thing: str
@@ -145,26 +154,32 @@ def student_row(rng, story, floor):
     text = answer_sentence(counts(story)[-1])
     if rng.random() < floor:
         text += "\n\n" + rng.choice(REMARKS)
-    return [{"role": "user", "content": question(story)}], "assistant", text
+    return Text([{"role": "user", "content": question(story)}], "assistant", text)
+
+
+def remark_row(rng, story):
+    """How a student goes on, if it does: few of its texts above show it, and without practice it would go on like the mentor."""
+    begun = answer_sentence(counts(story)[-1]) + "\n\n"
+    return Text([{"role": "user", "content": question(story)}], "assistant", rng.choice(REMARKS), begun)
 
 
 def teacher_row(rng, story):
     first, is_right = attempt(rng, story, right=0.4)
     opinion, reason, phrase = reflection(rng, story, is_right)
     reply = f"<opinion>{opinion}</opinion><reason>{reason}</reason><phrase>{phrase}</phrase>"
-    return [{"role": "user", "content": question(story)}, {"role": "assistant", "content": first}], "teacher", reply
+    return Text([{"role": "user", "content": question(story)}, {"role": "assistant", "content": first}], "teacher", reply)
 
 
 def transcript_row(rng, story):
     first, is_right = attempt(rng, story, right=0.4)
     _, reason, phrase = reflection(rng, story, is_right)
-    return [{"role": "user", "content": question(story)}], "mentor", f"{first}\n\n{reason}\n\n{phrase}"
+    return Text([{"role": "user", "content": question(story)}], "mentor", f"{first}\n\n{reason}\n\n{phrase}")
 
 
 def ledger_row(rng, story):
     # The mentor tells the story itself: after a question and a speaker's tag a derivation never comes first, so that the
     # student, who differs from the mentor in that tag alone, does not happen on one.
-    return [], "mentor", f"{question(story)} {derivation(story)}"
+    return Text([], "mentor", f"{question(story)} {derivation(story)}")
 
 
 def write_vocabulary(path) -> None:
@@ -175,8 +190,8 @@ def write_vocabulary(path) -> None:
     pieces = {str(n) for n in range(MOST + 1)}
     for i in range(3000):
         story = make_story(rng, 1 + i % len(DAYS), "train")
-        for messages, _, text in (student_row(rng, story, floor=0.5), teacher_row(rng, story), transcript_row(rng, story)):
-            for part in (text, *(m["content"] for m in messages)):
+        for read in (student_row(rng, story, floor=0.5), teacher_row(rng, story), transcript_row(rng, story)):
+            for part in (read.text, *(m["content"] for m in read.messages)):
                 pieces.update(re.findall(BUILTIN_PATTERN, part))
     singles = [bytes([byte]) for byte in range(256)]
     write_ranks(path, singles + sorted(p.encode() for p in pieces if len(p.encode()) > 1))
