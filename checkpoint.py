@@ -21,20 +21,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import RunFailed
+from distributed import full, like
 
 
-def save(directory: Path, step: int, student, optimizer, config: dict, keep: int) -> None:
+def save(directory: Path, step: int, student, optimizer, config: dict, keep: int, is_first=True) -> None:
     """Write the state after `step` steps beside the older ones; only then do those beyond the newest `keep` go.
 
-    Raises OSError. Whatever happens, the newest whole checkpoint of before is still there.
+    Raises OSError. Whatever happens, the newest whole checkpoint of before is still there. Of several processes all take
+    part, and the first writes.
     """
+    tensors = {name: in_one_piece(named(student, optimizer), is_first)
+               for name, named in (("model", weights), ("optimizer", moments))}
+    if not is_first:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     final, new = place(directory, step), directory / "unfinished"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        for name, tensors in (("model", weights(student)), ("optimizer", moments(optimizer))):
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, new / f"{name}.safetensors")
+        for name, content in tensors.items():
+            save_file(content, new / f"{name}.safetensors")
         sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
         state = {"step": step, "config_sha256": hash_of(config), "sha256": sums}
         (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -86,27 +92,35 @@ def hash_of(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def weights(student) -> dict:
-    return dict(student.named_parameters())  # a tied head is there once
+def weights(student, optimizer) -> dict:
+    """The parameters by name, each as the optimiser steps on it: its float32 master copy if it has one."""
+    masters = {id(weight): master for weight, master in optimizer.copies}
+    return {name: masters.get(id(p), p) for name, p in student.named_parameters()}  # a tied head is there once
 
 
-def moments(optimizer) -> dict:
-    """AdamW's state and the master copies of half-precision weights, by the number of the parameter."""
-    tensors = {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-    return tensors | {f"{i}.master": master for i, (_, master) in enumerate(optimizer.copies)}
+def moments(_, optimizer) -> dict:
+    """AdamW's state by the number of the parameter."""
+    return {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+
+
+def in_one_piece(tensors: dict, keep: bool) -> dict:
+    pieces = ((name, full(t.detach())) for name, t in tensors.items())  # one after the other: a GPU may not have room for all
+    return {name: t.cpu().contiguous() for name, t in pieces if keep}
 
 
 @torch.no_grad()
 def load_tensors(path: Path, student, optimizer) -> None:
-    for name, tensor in load_file(path / "model.safetensors").items():
-        weights(student)[name].copy_(tensor)
+    stored = load_file(path / "model.safetensors")
+    for name, tensor in weights(student, optimizer).items():
+        tensor.copy_(like(stored[name], tensor))
+    for weight, master in optimizer.copies:
+        weight.copy_(master)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
         i, _, key = name.partition(".")
-        if key == "master":
-            optimizer.copies[int(i)][1].copy_(tensor)
-        else:
-            state.setdefault(int(i), {})[key] = tensor
+        parameter = parameters[int(i)]
+        state.setdefault(int(i), {})[key] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

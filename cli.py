@@ -24,12 +24,21 @@ def main(argv=None) -> int:
     except (OSError, RunFailed) as error:
         return complain(error, 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):  # CUDA's words, the CPU's
-            raise
-        return complain("out of memory: lower --rows (sampling) or --micro-batch (update)", 1)
+        for telling, sentence in TROUBLE.items():
+            if telling in str(error):
+                return complain(sentence, 1)
+        raise
     except KeyboardInterrupt:
         return complain("stopped", 130)
     return 0
+
+
+TROUBLE = {  # what torch's own errors say on a GPU, on a CPU, and of several processes: what a user can do
+    "out of memory": "out of memory: lower --rows (sampling) or --micro-batch (update)",
+    "can't allocate memory": "out of memory: lower --rows (sampling) or --micro-batch (update)",
+    "Connection closed by peer": "another process of this run has ended: see its message, and go on with --resume",
+    "Connection reset by peer": "another process of this run has ended: see its message, and go on with --resume",
+}
 
 
 def complain(error, status: int) -> int:
@@ -40,8 +49,11 @@ def complain(error, status: int) -> int:
 
 
 def prepare_train(args):
+    import torch
+
     import plan
     from data import load_problems
+    from distributed import World
     from record import Run
     from thinktuning import make_teacher, train
     from weights import read_json
@@ -57,25 +69,31 @@ def prepare_train(args):
             config = replace(config, micro_batch=read_json(out / "config.json").get("micro_batch", 0))
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
-    sizes = plan.Sizes.read(args.model, teacher_path, dtype)
+    world = World.start(device, dtype)
+    sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free)
-    student, tokenizer = load_model(args.model, device, dtype)
+    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)  # parts are masters themselves
     problems = fitting(load_problems(args.data, "train"), student, tokenizer, config, args.data)
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
-    print(plan.describe(config, sizes, device, free))
+    if world.is_first:
+        print(plan.describe(config, sizes, device, free))
     validation = []
     if args.eval_data:
         validation = fitting(load_problems(args.eval_data, "test"), student, tokenizer, config, args.eval_data)
         validation = validation[: config.eval_count or None]
     teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
     run = Run(out, {"model": args.model, "data": args.data, "dtype": args.dtype, **asdict(config)}, config.method,
-              args.resume)
+              args.resume, world)
 
     def job():
-        history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation)
-        student.save(out / "model", tokenizer)
+        history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
+        with world.whole(student):
+            if world.is_first:
+                student.save(out / "model", tokenizer)
         run.close()
+        if not world.is_first:
+            return
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
         print(f"{len(history)} steps -> {out}/model  {summary}")
 

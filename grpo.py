@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from distributed import World, full
+
 
 @dataclass
 class Rollout:
@@ -204,24 +206,30 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 @torch.no_grad()
-def snapshot(model, rollouts, micro_batch=16384):
+def snapshot(model, rollouts, micro_batch=16384, world=World()):
     """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
-    for batch in micro_batches([r for r in rollouts if r.old_logprobs is None], micro_batch):
-        tokens, mask, *_ = collate(batch, device=model.device)
-        logprobs = token_logprobs(model, tokens, mask)
-        for r, row, m in zip(batch, logprobs, mask):
-            r.old_logprobs = row[m].tolist()
+    if not (waiting := [r for r in rollouts if r.old_logprobs is None]):
+        return
+    with world.whole(model):
+        for batch in micro_batches(world.share(waiting), micro_batch):
+            tokens, mask, *_ = collate(batch, device=model.device)
+            logprobs = token_logprobs(model, tokens, mask)
+            for r, row, m in zip(batch, logprobs, mask):
+                r.old_logprobs = row[m].tolist()
+    for r, known in zip(waiting, world.gather([r.old_logprobs for r in world.share(waiting)])):
+        r.old_logprobs = known
 
 
 def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guidance", max_grad_norm=1.0,
-           reference=None, published_dual_clip=False, **loss_options):
+           reference=None, published_dual_clip=False, world=World(), **loss_options):
     """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
 
     The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
     a KL term they are not computed, but their tokens count in the mean loss. A gradient that is not finite is not
     applied; metrics["skipped"] is then 1. `published_dual_clip` leaves the dual clip out where no rollout is guided.
+    All processes of `world` give the same rollouts, and each computes its share of the gradient.
     """
-    snapshot(model, rollouts, micro_batch)
+    snapshot(model, rollouts, micro_batch, world)
     for r in rollouts:
         if len(r.old_logprobs) != len(r.response):
             raise ValueError(f"a rollout has {len(r.response)} tokens and {len(r.old_logprobs)} log-probabilities of the old policy")
@@ -229,24 +237,29 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
         loss_options["dual_clip"] = None
     total = max(1, sum(len(r.response) for r in rollouts))
     active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
-    sums, counts = Counter(loss=0.0), Counter(loss=total)
+    batches = list(micro_batches(world.share(active), micro_batch))
+    sums, counts = Counter(), Counter()
     optimizer.zero_grad(set_to_none=True)
-    for batch in micro_batches(active, micro_batch):
-        tokens, mask, guided, old, advantages = collate(batch, guided_tokens, model.device)
+    for i in range(max(world.gather([len(batches)]))):
+        idle = i >= len(batches)  # the others have more to do, and every pass is made together
+        tokens, mask, guided, old, advantages = collate(active[:1] if idle else batches[i], guided_tokens, model.device)
         logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True)
         if reference is not None:
             with torch.no_grad():
                 loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask)
         losses, measured = token_losses(logprobs, old, advantages, mask, guided, **loss_options)
-        (losses.sum() / total).backward()
-        for key, (values, where) in {**measured, "entropy": (entropy, mask)}.items():
-            sums[key] += values.sum().item()
-            counts[key] += int(where.sum())
-        sums["loss"] += losses.sum().item()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
+        (losses.sum() / total * (0 if idle else world.size)).backward()  # FSDP takes the mean over the processes
+        if not idle:
+            for key, (values, where) in {**measured, "entropy": (entropy, mask), "loss": (losses.detach(), mask)}.items():
+                sums[key] += values.sum().item()
+                counts[key] += int(where.sum())
+    norm = full(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm))
     finite = bool(torch.isfinite(norm))
     if active and finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**{key: sums[key] / n for key, n in counts.items() if n}, "grad_norm": norm.item(), "skipped": float(not finite),
-            "active_share": sum(len(r.response) for r in active) / total}
+    parts = world.gather([(sums, counts)])
+    sums, counts = ({key: sum(part[i][key] for part in parts) for part in parts for key in part[i]} for i in (0, 1))
+    counts["loss"] = total
+    return {"loss": 0.0, **{key: sums[key] / n for key, n in counts.items() if n and key in sums}, "grad_norm": norm.item(),
+            "skipped": float(not finite), "active_share": sum(len(r.response) for r in active) / total}

@@ -26,11 +26,12 @@ class Sizes:
     student: ModelConfig
     teacher: ModelConfig | None
     dtype: torch.dtype
+    processes: int = 1
 
     @classmethod
-    def read(cls, student_path, teacher_path, dtype) -> "Sizes":
+    def read(cls, student_path, teacher_path, dtype, processes=1) -> "Sizes":
         student = ModelConfig(**read_config(student_path)[0])
-        return cls(student, teacher_path and ModelConfig(**read_config(teacher_path)[0]), dtype)
+        return cls(student, teacher_path and ModelConfig(**read_config(teacher_path)[0]), dtype, processes)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -39,11 +40,17 @@ def parameters(config: ModelConfig) -> int:
 
 
 def memory(config: Config, sizes: Sizes) -> dict[str, int]:
-    """Bytes by what they are for. Sampling, asking the teacher and the update come one after the other."""
-    student, item = sizes.student, sizes.dtype.itemsize
+    """Bytes of one process by what they are for. Sampling, asking the teacher and the update come one after the other.
+
+    Of several processes each has its part of the float32 weights and the optimiser's state, for sampling also the whole
+    weights, and its share of the rows.
+    """
+    student, item, N = sizes.student, sizes.dtype.itemsize, sizes.processes
     n, half = parameters(student), item < 4
     sequence = config.max_prompt + config.max_tokens
     parts = {"weights": n * item, "optimiser": n * (12 if half else 8)}  # two moments, and the master copy if there is one
+    if N > 1:
+        parts = {"weights": 4 * n // N, "optimiser": 8 * n // N, "weights in one piece": n * item}
     if config.kl_coef:
         parts["reference"] = n * item
     if sizes.teacher:
@@ -52,7 +59,7 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     questions = min(config.questions, -(-config.rows // config.samples))
     parts["sampling"] = generation(student, config.rows, config.max_prompt, config.max_tokens, item, questions)
     tokens = max(config.micro_batch, sequence)
-    parts["update"] = 4 * n + tokens * token_bytes(config, student, item)
+    parts["update"] = 4 * n // N + tokens * token_bytes(config, student, item)
     return parts
 
 

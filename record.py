@@ -16,6 +16,7 @@ from pathlib import Path
 import checkpoint
 from data.reward import is_correct
 from data.scores import reflects
+from distributed import World
 from teacher import behaviour
 from weights import read_json
 
@@ -29,14 +30,17 @@ class Run:
     """A run directory, written as the run goes, its checkpoints and its progress line.
 
     With `resume` it goes on where the directory's newest checkpoint ends, if there is one. Raises ValueError while
-    another process writes to the same directory.
+    another run writes to the same directory. Of several processes only the first writes.
     """
 
-    def __init__(self, path, config: dict, label: str, resume=False):
-        self.path, self.config, self.label, self.began = writable(path), config, label, time.perf_counter()
-        self.lock = lock(self.path / "lock")
+    def __init__(self, path, config: dict, label: str, resume=False, world=World()):
+        self.path, self.config, self.label, self.began = Path(path), config, label, time.perf_counter()
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
-        self.resume, self.began_at = resume, 0
+        self.resume, self.began_at, self.is_first = resume, 0, world.is_first
+        if not self.is_first:
+            return
+        writable(self.path)
+        self.lock = lock(self.path / "lock")
         stored = self.path / "config.json"
         if resume and stored.exists():
             same_settings(stored, config)
@@ -51,18 +55,21 @@ class Run:
         if not self.resume:
             return 0, []
         self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
-        self.close()
-        kept = [cut(file, self.began_at) for file in self.files]
-        self.metrics, self.transcripts = (open(file, "a") for file in self.files)
+        kept = [cut(file, self.began_at, self.is_first) for file in self.files]
+        if self.is_first:
+            self.close()
+            self.metrics, self.transcripts = (open(file, "a") for file in self.files)
         return self.began_at, kept[0]
 
     def save(self, step, student, optimizer):
         """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
-        for file in self.files:
+        for file in self.files if self.is_first else ():
             checkpoint.flush(file)
-        checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"])
+        checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"], self.is_first)
 
     def log(self, metrics, steps, transcripts):
+        if not self.is_first:
+            return
         print(json.dumps(metrics), file=self.metrics, flush=True)
         for line in transcripts:
             print(json.dumps(line), file=self.transcripts, flush=True)
@@ -74,8 +81,9 @@ class Run:
                  last=done == steps, plain=done % max(1, steps // 10) == 0 or done == 1)
 
     def close(self):
-        self.metrics.close()
-        self.transcripts.close()
+        if self.is_first:
+            self.metrics.close()
+            self.transcripts.close()
 
 
 def same_settings(path: Path, config: dict):
@@ -103,7 +111,7 @@ def lock(path: Path):
     return file
 
 
-def cut(path: Path, step: int) -> list[dict]:
+def cut(path: Path, step: int, write: bool) -> list[dict]:
     """Take the lines of `step` and later out of a .jsonl file, a half-written last one too; returns those that stay."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
@@ -114,10 +122,11 @@ def cut(path: Path, step: int) -> list[dict]:
         if entry["step"] >= step or not line.endswith("\n"):
             break
         kept.append((line, entry))
-    shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(line for line, _ in kept))
-    checkpoint.flush(shorter)
-    shorter.replace(path)
+    if write:
+        shorter = path.with_suffix(".tmp")
+        shorter.write_text("".join(line for line, _ in kept))
+        checkpoint.flush(shorter)
+        shorter.replace(path)
     return [entry for _, entry in kept]
 
 

@@ -10,6 +10,7 @@ import math
 import random
 from typing import NamedTuple
 
+from distributed import World
 from model import LM, generate, prefill
 
 
@@ -134,11 +135,12 @@ class Teacher:
             return None
         return parse_feedback(self.tokenizer.decode(ids[:-1]))
 
-    def guide(self, rollouts, group_size, fraction, rng, max_tokens):
+    def guide(self, rollouts, group_size, fraction, rng, max_tokens, world=World()):
         """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about."""
         chosen = choose([r.finished for r in rollouts], group_size, fraction, rng)
         attempts = [self.tokenizer.decode(rollouts[i].response[:-1]) for i in chosen]
-        replies = self.feedback([rollouts[i].question for i in chosen], attempts) if chosen else []
+        questions = [rollouts[i].question for i in chosen]
+        replies = world.gather(self.feedback(world.share(questions), world.share(attempts)))
         for i, feedback in zip(chosen, replies):
             if feedback is not None:
                 augment(rollouts[i], feedback, self.tokenizer, max_tokens, self.published)

@@ -462,7 +462,7 @@ def test_published_5_with_the_wall_clock_as_seed_no_two_runs_choose_alike(monkey
 
     def drawn(published):
         numbers = []
-        teacher = SimpleNamespace(guide=lambda rollouts, size, fraction, rng, limit: numbers.append(rng.random()) or [])
+        teacher = SimpleNamespace(guide=lambda rollouts, size, fraction, rng, limit, world: numbers.append(rng.random()) or [])
         config = thinktuning.Config(steps=1, questions=1, samples=2, max_tokens=2, published=published)
         thinktuning.train(tiny_model(BUILTIN), BUILTIN, [Problem("Why?", "4")], config, teacher=teacher)
         return numbers

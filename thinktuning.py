@@ -27,6 +27,7 @@ import torch
 from config import Config, RunFailed
 from data.reward import is_correct
 from data.scores import score
+from distributed import World
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
 from model import LM, generate
 from record import Run, describe_help, describe_sampled, interruptible, transcripts
@@ -37,29 +38,32 @@ FAULTS = 10  # steps in a row without a finite gradient
 
 
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
-          validation=()) -> list[dict]:
+          validation=(), world=World()) -> list[dict]:
     """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
 
     1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
     5 augment the rollouts; 6 reward; 7 group-relative advantages; 8 snapshot π_old, loss, optimiser step.
 
     `run` (a Run) gets metrics, transcripts and checkpoints, and knows where to go on. SIGINT or SIGTERM ends it after the
-    step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient.
+    step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient. `world`: the processes that take
+    part; afterwards the student is in parts, one a process.
     """
     config.check()
     published = config.published_items
     student.recompute = config.recompute
+    reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
+    world.shard(student)
     optimizer = MasterAdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay)
-    reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
     steps = config.steps or max(1, len(problems) // config.questions)
     done, history = run.restore(student, optimizer) if run else (0, [])
     with interruptible() as interrupted:
         for step in range(done, steps):
             began = time.perf_counter()
             batch = questions_of_step(problems, config.questions, config.seed, step)
-            generator, rng = seeds_of_step(config.seed, step, published)
-            rollouts = sample_rollouts(student, tokenizer, batch, config, generator)  # 1
+            generator, rng = seeds_of_step(config.seed, step, published, world.rank)
+            with world.whole(student):
+                rollouts = world.gather(sample_rollouts(student, tokenizer, world.share(batch), config, generator))  # 1
             metrics = {"step": step, **describe_sampled(rollouts)}
             sampled = sum(len(r.response) for r in rollouts)
             fraction = 0.0
@@ -67,7 +71,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
                 fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
             asked = []
             if fraction > 0:
-                asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens)  # 2-5
+                asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
             for r in rollouts:
                 r.reward = reward(r)  # 6
                 if fraction == 0:
@@ -77,23 +81,24 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
                 r.advantage = advantage  # 7
             metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
-            metrics |= learn(student, optimizer, rollouts, config, published, reference)  # 8
+            metrics |= learn(student, optimizer, rollouts, config, published, reference, world)  # 8
             metrics["tokens_per_second"] = sampled / (time.perf_counter() - began)
             due = step + 1 == steps or config.eval_every and (step + 1) % config.eval_every == 0
             if due and teacher is not None:
                 tell_if_mute(teacher, [*history, metrics])
-            if validation and due and not interrupted.is_set:
-                scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows)
+            stop = any(world.gather([interrupted.is_set]))  # the same for all, who else would wait for one another
+            if validation and due and not stop:
+                scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows, world=world)
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
             history.append(metrics)
             if run:
                 run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step))
-                if config.save_every and ((step + 1) % config.save_every == 0 or interrupted.is_set or step + 1 == steps):
+                if config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
                     run.save(step + 1, student, optimizer)
             if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
                 raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, gradient norm "
                                 f"{metrics['grad_norm']:.3g}): nothing was changed in them; try a lower --learning-rate or --dtype float32")
-            if interrupted.is_set:
+            if stop:
                 break
     return history
 
@@ -113,10 +118,14 @@ def questions_of_step(problems, size, seed, step):
     return [orders[i // n][i % n] for i in places]
 
 
-def seeds_of_step(seed, step, published=frozenset()):
-    """The random streams of a step, for sampling and for choosing. They depend on nothing before it: a resumed run has them too."""
+def seeds_of_step(seed, step, published=frozenset(), rank=0):
+    """The random streams of a step: a process's own for sampling, everybody's for choosing.
+
+    They depend on nothing before the step, so that a resumed run has them too.
+    """
     choosing = time.time_ns() if "seed" in published else f"choosing {seed} {step}"
-    return torch.Generator().manual_seed(random.Random(f"sampling {seed} {step}").getrandbits(63)), random.Random(choosing)
+    sampling = f"sampling {seed} {step}" + f" {rank}" * (rank > 0)
+    return torch.Generator().manual_seed(random.Random(sampling).getrandbits(63)), random.Random(choosing)
 
 
 def student_prompt(tokenizer, question: str) -> list[int]:
@@ -157,15 +166,15 @@ def reward(rollout: Rollout) -> float:
     return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
-def learn(student, optimizer, rollouts, config, published, reference) -> dict[str, float]:
+def learn(student, optimizer, rollouts, config, published, reference, world=World()) -> dict[str, float]:
     """Step 8: snapshot log π_old of every token, then the mini-batches; returns their mean metrics."""
-    snapshot(student, rollouts, config.micro_batch)
+    snapshot(student, rollouts, config.micro_batch, world)
     size = config.mini_batch * config.samples
     results = []
     for _ in range(config.epochs):
         for start in range(0, len(rollouts), size):
             results.append(update(
-                student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
+                student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference, world=world,
                 guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
                 max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
                 shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
@@ -175,11 +184,13 @@ def learn(student, optimizer, rollouts, config, published, reference) -> dict[st
     return {key: sum(values) / len(values) for key, values in seen.items()}
 
 
-def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0):
+def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0, world=World()):
     """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
-    prompts = [student_prompt(tokenizer, p.question) for p in problems]
-    responses, _ = sample_responses(model, prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
-                                    temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
+    with world.whole(model):
+        responses, _ = sample_responses(model, prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
+                                        temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    responses = world.gather(responses)
     records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
     scores = score(records, samples)
     scores["mean_length"] = sum(map(len, responses)) / len(responses)

@@ -1,0 +1,91 @@
+"""Several processes on one run: `torchrun --nproc-per-node N thinktuning.py train ...`.
+
+Every process samples its share of a step's questions and asks the teacher about its share of the attempts. Then all of them
+know all rollouts, so choosing, rewards and advantages are worked out everywhere alike, and each computes its share of the
+gradient. PyTorch's FSDP2 keeps the weights, their gradients and the optimiser's state in N parts and does the adding up;
+for sampling each process puts the weights together, since rows end at different times and nobody should wait at every token.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class World:
+    """The processes of a run; by itself a process is a world of one, and everything here does nothing."""
+
+    def __init__(self, rank=0, size=1, dtype=torch.float32):
+        self.rank, self.size, self.dtype = rank, size, dtype
+
+    @classmethod
+    def start(cls, device: str, dtype, minutes=30) -> "World":
+        """Join the others that torchrun started; the model computes in `dtype`. Who waits longer than `minutes` gives up."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls()
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=minutes))
+        return cls(dist.get_rank(), size, dtype)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This process's part of a list: neighbours stay together, parts differ by one at most."""
+        n = len(items)
+        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+
+    def gather(self, items: list) -> list:
+        """Everybody's lists as one, in the order that `share` took them apart."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def shard(self, model) -> None:
+        """Keep the weights in N parts of float32, each block put together in the dtype to compute in when it is needed."""
+        if self.size == 1:
+            return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        mesh = dist.init_device_mesh(model.device.type, (self.size,))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "hidden")
+
+    @contextmanager
+    def whole(self, model):
+        """Inside, this process has all the weights and runs the model without the others."""
+        parts = [m for m in model.modules() if hasattr(m, "unshard")]
+        for m in parts:
+            m.unshard()
+            m.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for m in parts:
+                m.set_reshard_after_forward(m is not model, recurse=False)
+                m.reshard()
+
+
+def full(tensor):
+    """A tensor in one piece; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(stored, tensor):
+    """`stored`, which is in one piece, spread as `tensor` is."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(stored.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    return stored
