@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat prompts, for a model directory in Hugging Face's layout.
+"""Text to token ids and back, and chat prompts (see chat.py), for a model directory in Hugging Face's layout.
 
 tiktoken splits and merges; this file tells it how, from whichever tokenizer files the directory holds:
 tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
@@ -13,9 +13,11 @@ import json
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
+
+from data.chat import BUILTIN_SPECIAL, FAMILIES, recognise, variant
 
 
 class Tokenizer:
@@ -23,7 +25,9 @@ class Tokenizer:
 
     def __init__(self, vocabulary: "Vocabulary", files: dict[str, bytes]):
         self.special = vocabulary.special
-        self.family = recognise(self.special)
+        published = published_template(files)
+        self.family = recognise(self.special, published)
+        self._variant = variant(self.family, self.special, published)
         self.stop = stop_ids(files, self.special, FAMILIES[self.family].end)
         self._files, self._nfc, self._ids = files, vocabulary.nfc, vocabulary.ranked
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
@@ -79,65 +83,19 @@ class Tokenizer:
                 raise ValueError(f"a message has a text as content and a role out of system, user, "
                                  f"{', '.join(speakers)}; this one is {message}")
         ids = []
-        for marker, text in template(messages, reply_as):
+        for marker, text in template(messages, reply_as, **self._variant):
             ids += [self.special[marker], *self.encode(text)]
         return ids
 
 
-# Chat templates: each yields pairs of a special token and the plain text that follows it.
-
-def llama3_chat(messages, reply_as):
-    yield "<|begin_of_text|>", ""
-    for message in messages:
-        yield "<|start_header_id|>", message["role"]
-        yield "<|end_header_id|>", "\n\n" + message["content"].strip()
-        yield "<|eot_id|>", ""
-    yield "<|start_header_id|>", reply_as
-    yield "<|end_header_id|>", "\n\n"
-
-
-def chatml_chat(messages, reply_as):
-    for message in messages:
-        yield "<|im_start|>", f"{message['role']}\n{message['content']}"
-        yield "<|im_end|>", "\n"
-    yield "<|im_start|>", f"{reply_as}\n"
-
-
-SPEAKER_TAGS = {"user": "<|question|>", "assistant": "<|student|>", "teacher": "<|teacher|>", "mentor": "<|mentor|>"}
-BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
-
-
-def wordproblems_chat(messages, reply_as):
-    for message in messages:
-        if message["role"] == "system":
-            continue  # the tiny model has not learned to read instructions
-        yield SPEAKER_TAGS[message["role"]], message["content"]
-        if message["role"] != "user":
-            yield "<|end|>", ""
-    yield SPEAKER_TAGS[reply_as], ""
-
-
-class Family(NamedTuple):
-    markers: tuple[str, ...]   # the special tokens of its template: whichever vocabulary has them all is recognised
-    end: str                   # the one that ends a turn
-    speakers: tuple[str, ...]  # whose turn a prompt can lead to
-    template: Callable
-
-
-FAMILIES = {
-    "llama3": Family(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-                     "<|eot_id|>", ("assistant",), llama3_chat),
-    "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
-    "wordproblems": Family(BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat),
-}
-
-
-def recognise(special: dict[str, int]) -> str:
-    for name, family in FAMILIES.items():
-        if special.keys() >= set(family.markers):
-            return name
-    known = "; ".join(f"{name} has {' '.join(family.markers)}" for name, family in FAMILIES.items())
-    raise ValueError(f"the special tokens belong to no known chat family ({known})")
+def published_template(files) -> str:
+    """The source of the chat template in the directory, "" without one."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode(errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if template := read_json(files, name).get("chat_template"):  # a text, or several texts with names
+            return template if isinstance(template, str) else {t["name"]: t["template"] for t in template}["default"]
+    return ""
 
 
 def stop_ids(files, special, end) -> set[int]:

@@ -1,0 +1,123 @@
+"""Chat prompts: each family's template, and how to tell which one a model was trained with.
+
+The ids are those of transformers' apply_chat_template with the models' published templates, for messages without
+tools. No template is executed: two functions write out what they do, and `variant` reads off where they differ.
+"""
+
+import re
+from typing import Callable, NamedTuple
+
+# Each template yields pairs of a special token and the plain text that follows it.
+
+
+def llama3_chat(messages, reply_as, header=""):
+    yield "<|begin_of_text|>", ""
+    if header:
+        messages = with_system(messages, "")
+    for i, message in enumerate(messages):
+        yield "<|start_header_id|>", message["role"]
+        yield "<|end_header_id|>", "\n\n" + (header if i == 0 else "") + message["content"].strip()
+        yield "<|eot_id|>", ""
+    yield "<|start_header_id|>", reply_as
+    yield "<|end_header_id|>", "\n\n"
+
+
+def chatml_chat(messages, reply_as, system=None, thinks=False):
+    if system is not None:
+        messages = with_system(messages, system)
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages))
+    for i, message in enumerate(messages):
+        role, thought, text = message["role"], "", message["content"]
+        if thinks and role == "assistant" and "</think>" in text:
+            thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
+            text = text.split("</think>")[-1].lstrip("\n")
+        # Replies to earlier questions lose their thought; a reply that ends the conversation has one even if empty.
+        if thinks and role == "assistant" and i > last_user and (thought or i == len(messages) - 1):
+            yield "<|im_start|>", "assistant\n"
+            yield "<think>", f"\n{thought}\n"
+            yield "</think>", "\n\n" + text.lstrip("\n")
+        else:
+            yield "<|im_start|>", f"{role}\n{text}"
+        yield "<|im_end|>", "\n"
+    yield "<|im_start|>", f"{reply_as}\n"
+    if thinks:  # the non-thinking form: the thought is there, empty and over
+        yield "<think>", "\n\n"
+        yield "</think>", "\n\n"
+
+
+def with_system(messages, content):
+    if messages and messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": content}, *messages]
+
+
+SPEAKER_TAGS = {"user": "<|question|>", "assistant": "<|student|>", "teacher": "<|teacher|>", "mentor": "<|mentor|>"}
+BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
+
+
+def wordproblems_chat(messages, reply_as):
+    for message in messages:
+        if message["role"] == "system":
+            continue  # the tiny model has not learned to read instructions
+        yield SPEAKER_TAGS[message["role"]], message["content"]
+        if message["role"] != "user":
+            yield "<|end|>", ""
+    yield SPEAKER_TAGS[reply_as], ""
+
+
+class Family(NamedTuple):
+    markers: tuple[str, ...]   # the special tokens of its template: whichever vocabulary has them all is recognised
+    end: str                   # the one that ends a turn
+    speakers: tuple[str, ...]  # whose turn a prompt can lead to
+    template: Callable
+
+
+FAMILIES = {
+    "llama3": Family(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                     "<|eot_id|>", ("assistant",), llama3_chat),
+    "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
+    "wordproblems": Family(BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat),
+}
+
+
+def recognise(special: dict[str, int], published: str) -> str:
+    """The name of the family whose special tokens are there and, if a template was published, stand in it."""
+    for name, family in FAMILIES.items():
+        if special.keys() >= set(family.markers) and (not published or any(m in published for m in family.markers)):
+            return name
+    known = "; ".join(f"{name} has {' '.join(family.markers)}" for name, family in FAMILIES.items())
+    found = "the special tokens and the chat template" if published else "the special tokens"
+    raise ValueError(f"{found} belong to no known chat family ({known})")
+
+
+# The date is the one that 3.1's template always writes, and 3.2's where it cannot ask for today's: runs have to repeat.
+DATE_HEADER = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+# A default system message in a template's source: '<|im_start|>system\nYou are ...<|im_end|>', with \n as Jinja or as such.
+DEFAULT_SYSTEM = re.compile(r"""(?s)(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>""")
+ALWAYS_THINKS = re.compile(r"<\|im_start\|>assistant(\\n|\n)<think>")
+
+
+def variant(family: str, special: dict[str, int], published: str) -> dict:
+    """What sets a model apart in its family, as keyword arguments for the family's template.
+
+    Told by the words of the published template, or where there is none ("") by the special tokens.
+    """
+    if family == "llama3":
+        # tokenizer.model has the same names in every version; without a template it gets no date, as in Meta's own code.
+        dated = "Cutting Knowledge Date" in published if published else "<|python_tag|>" in special
+        return {"header": DATE_HEADER} if dated else {}
+    if family != "chatml":
+        return {}
+    if published:
+        thinks, system = "enable_thinking" in published, DEFAULT_SYSTEM.search(published)
+        if ALWAYS_THINKS.search(published) or thinks and not special.keys() >= {"<think>", "</think>"}:
+            raise ValueError("its chat template has no non-thinking form, in which a reply follows on the two special tokens "
+                             "<think> and </think>; use a model that can do without thinking")
+        return {"thinks": thinks, "system": system and system[2].encode("ascii", "backslashreplace").decode("unicode-escape")}
+    if "<think>" in special:
+        return {"thinks": True}
+    if "<tool_call>" in special:  # Qwen2.5
+        return {"system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
+    if special.keys() == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}:  # Qwen2
+        return {"system": "You are a helpful assistant."}
+    return {}
