@@ -125,13 +125,13 @@ def prepare_eval(args):
     from data.grading import Grader
     from thinktuning import evaluate
 
+    grader = Grader(args.grader)
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     context = model.config.max_seq_len
     max_tokens = args.max_tokens or min(1024, context // 2)
     config = Config(max_tokens=max_tokens, max_prompt=max(1, context - max_tokens))
     problems = fitting(load_problems(args.data, args.split), model, tokenizer, config, args.data)[: args.count or None]
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
-    grader = Grader(args.grader)
 
     def job():
         scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,

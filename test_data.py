@@ -285,7 +285,7 @@ def test_a_math_verify_that_does_not_start_is_a_sentence_not_a_silent_fallback(t
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: True)
     for name in ("auto", "math-verify"):
-        with pytest.raises(ValueError, match="does not start.*--grader builtin"):
+        with pytest.raises(ChildProcessError, match="does not start.*--grader builtin"):
             Grader(name)
     Grader("builtin")
 

@@ -25,7 +25,7 @@ MEMORY = 2 << 30  # bytes
 class Grader:
     """`equal(given, answer)` for data.scores: right is what the built-in comparison or math-verify says is right.
 
-    "auto" is math-verify where it is installed; str() of a grader says which it became. ValueError if there is none.
+    "auto" is math-verify where it is installed; str() of a grader says which it became. ValueError if "math-verify" is not.
     """
 
     def __init__(self, name: str = "auto"):
@@ -50,7 +50,7 @@ class Grader:
 
 
 class MathVerify:
-    """math-verify's own opinion, from its process. ValueError if it does not start; `given_up` counts the Nones."""
+    """math-verify's own opinion, from its process. An OSError if that does not start; `given_up` counts the Nones."""
 
     def __init__(self):
         self.known: dict[tuple[str, str], bool | None] = {}
@@ -87,8 +87,8 @@ class MathVerify:
         self.version = self.process.stdout.readline().strip()
         if not self.version:
             self.close()
-            raise ValueError("math-verify is installed but does not start: `python -c 'import math_verify'` shows why; "
-                             "mend it or give --grader builtin")
+            raise ChildProcessError("math-verify is installed but does not start: `python -c 'import math_verify'` shows why; "
+                                    "mend it or give --grader builtin")
 
     def close(self):
         self.process.kill()
