@@ -140,8 +140,10 @@ def fitting(problems: list, model, tokenizer, config, source) -> list[Problem]:
 
 def prepare_eval(args):
     from data import load_problems
+    from data.grading import Grader
     from thinktuning import evaluate
 
+    grader = Grader(args.grader)
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     context = model.config.max_seq_len
     max_tokens = args.max_tokens or min(1024, context // 2)
@@ -151,8 +153,9 @@ def prepare_eval(args):
 
     def job():
         scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,
-                             temperature=temperature, rows=args.rows, seed=args.seed)
-        print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}")
+                             temperature=temperature, rows=args.rows, seed=args.seed, equal=grader.equal)
+        grader.close()
+        print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}; graded by {grader}")
         for key, value in scores.items():
             if not key.endswith("_se"):
                 error = f" ± {scores[key + '_se']:.4f}" if key + "_se" in scores else ""
@@ -246,6 +249,8 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--samples", type=positive, default=1, help="k, responses to each problem")
     e.add_argument("--temperature", type=from_zero, help="0 with one sample, else 1")
     e.add_argument("--rows", type=positive, default=256, help="responses sampled side by side (memory)")
+    e.add_argument("--grader", default="auto", choices=("auto", "builtin", "math-verify"),
+                   help="who compares answers (auto: math-verify where it is installed)")
     e.set_defaults(prepare=prepare_eval)
 
     a = commands.add_parser("ask", parents=[common], help="watch it think")

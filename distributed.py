@@ -87,5 +87,6 @@ def full(tensor):
 def like(stored, tensor):
     """`stored`, which is in one piece, spread as `tensor` is."""
     if isinstance(tensor, DTensor):
-        return distribute_tensor(stored.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        stored = stored.to(tensor.device, tensor.dtype)
+        return distribute_tensor(stored, tensor.device_mesh, tensor.placements, src_data_rank=None)  # everybody has read it
     return stored

@@ -1,7 +1,9 @@
 """Tests of data/: the reward, the readers of problem files, the fetch of GSM8K."""
 
 import http.server
+import importlib.util
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Problem, gsm8k, load_problems
-from data.reward import BOX, LONGEST, answers, canonical, final_answer, is_correct
+from data import Problem, agreement, grading, gsm8k, load_problems
+from data.grading import Grader, MathVerify
+from data.reward import BOX, LONGEST, answers, canonical, equal, final_answer, is_correct
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -100,6 +103,15 @@ def test_last_box_agrees_with_a_naive_scan(text):
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})"), (r"x\,y", "x y"), (r"52_{8}", "52_8"),
     (r"\{1,\;2\}", r"\{1, 2\}"), ("$x$", "x"), (r"(2,\infty)", r"(2, \infty)"), (r"a \\ b", r"a\\b"),
     ("1e400", "1e400"), ("nan", "nan"), ("1" * 900 + ".0", "1" * 900),
+    ("90", r"90^\circ"), (r"90^{\circ}", r"90^\circ"), ("90°", r"90 \text{ degrees}"), (r"x = 90^\circ", r"90^\circ"),
+    (r"15\text{ cm}^2", "15"), (r"15\mbox{cm}^2", r"15 \text{ cm}^2"), (r"1,234 \text{ miles}", "1234"),
+    ("5.40 cm", r"5.4\text{ cm}"),
+    (r"\$18.90", "18.9"), (r"\$18.90", "18.9 dollars"), (r"18\$", r"\$18"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
+    ("x=5", "5"), ("x = 5", "x=5.0"), ("y=2x+3", "2x + 3"), (r"x \in [-2,7]", "[-2, 7]"), (r"x = 3 \text{ hours}", "3"),
+    (r"\displaystyle\frac12", "0.5"), (r"3\cdot\sqrt{13}", r"3 \sqrt{13}"), (r"2 \cdot \pi", r"2\pi"),
+    (r"3\pm2\sqrt2", r"3 \pm 2 \sqrt{2}"),
+    (r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("B", r"\text{(B)}"), ("(B).", r"\text{B}"),
 ])
 def test_equal(ours, reference):
     assert is_correct(boxed(ours), reference)
@@ -119,6 +131,16 @@ def test_equal(ours, reference):
     ("1.2.3", "1.23"), ("..5", ".5"), (r"137\frac12", "1371/2"), ("NewYork", "New York"), ("East", "east"),
     (r"\sqrt{2}", "2"), (r"\leftarrow", "arrow"), (r"\textit", "it"), ("5$3", "53"),
     ("1" * 5000, "1" * 4999), ("1" * 5000 + ".0", "1" * 5000),
+    (r"15 \text{ cm}", r"15 \text{ kg}"), (r"15\text{ cm}^2", r"15\text{ cm}"), (r"90^\circ", "90 cm"), (r"36^\circ", r"\$36"),
+    (r"5.4 \text{ cents}", r"\$5.4"), (r"15 \text{ million}", "15"), (r"15 \text{ or } 16", "15"),
+    (r"15 \text{ cm or } 16", "15"),
+    ("1, 234 miles", "1234"), ("5 percent", "5"), ("2k", "2"), ("2km", "2"), ("2 k", "2"), (r"\sin 30^\circ", r"\sin 30"),
+    ("cm", ""),
+    ("x=5", "y=5"), ("x=5", "x=6"), ("x=5", r"x \in 5"), ("x=", "5"), ("x=", "x="), ("x<5", "5"), ("xy=5", "5"), ("x=y=5", "5"),
+    (r"2 \cdot 3", "23"), (r"2 \cdot \frac{1}{2}", r"2\frac{1}{2}"), (r"f \circ g", "fg"),
+    (r"\cot x", r"\cotx"), ("(B)", "(C)"),
+    (r"\begin{vmatrix} 1 \end{vmatrix}", r"\begin{pmatrix} 1 \end{pmatrix}"),
+    ("(1,2)", "1,2"), ("(1,2)", "[1,2]"), ("52_8", "52_9"),
 ])
 def test_not_equal(ours, reference):
     assert not is_correct(boxed(ours), reference)
@@ -141,6 +163,7 @@ def test_canonical_sorts_answers_into_classes():
     votes = ["1/2", "0.5", r"\frac12", "50%", "50 %", "half", " half."]
     assert [canonical(vote) for vote in votes] == [Fraction(1, 2)] * 3 + ["50%"] * 2 + ["half"] * 2
     assert len({canonical(vote) for vote in votes}) == 3
+    assert {canonical(vote) for vote in ("18", r"\$18", "18 dollars", "x = 18.0")} == {Fraction(18)}
 
 
 @given(st.integers(-10**15, 10**15), st.integers(0, 99))
@@ -166,7 +189,7 @@ def test_any_answer_equals_itself_and_equality_is_symmetric(answer):
 
 
 LATEX = [BOX, "{", "}", "\\", "$", "%", "1", ",", ".", "/", "-", " ",
-         r"\frac", r"\text{", r"\left", r"\!", "~", "²", "e9"]
+         r"\frac", r"\text{", r"\left", r"\!", "~", "²", "e9", "x=", r"\circ", "^", " cm"]
 
 
 @given(st.lists(st.sampled_from(LATEX)).map("".join), st.lists(st.sampled_from(LATEX), max_size=8).map("".join))
@@ -209,6 +232,147 @@ def fastest(call, runs=30) -> float:
         call()
         times.append(time.process_time() - start)
     return min(times)
+
+
+# ------------------------------------------------------------------ grading: with math-verify
+
+
+@pytest.fixture(scope="module")
+def math_verify():
+    """math-verify's own opinion."""
+    if importlib.util.find_spec("math_verify") is None:
+        pytest.skip("math-verify is not installed")
+    opinion = MathVerify()
+    yield opinion
+    opinion.close()
+
+
+@pytest.fixture(scope="module")
+def grader():
+    if importlib.util.find_spec("math_verify") is None:
+        pytest.skip("math-verify is not installed")
+    grader = Grader("math-verify")
+    yield grader
+    grader.close()
+
+
+@pytest.fixture(scope="module")
+def references():
+    """The answers of MATH-500, in order and with their repetitions."""
+    path = SHARED / "math500" / "test.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return [problem.answer for problem in load_problems(str(path))]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return json.loads((Path(__file__).parent / "results" / "grading-math500.json").read_text(encoding="utf-8"))
+
+
+def test_without_math_verify_the_built_in_comparison_grades_and_says_so(monkeypatch):
+    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
+    grader = Grader()
+    assert grader.equal("1/2", "0.5") and not grader.equal("q-p", "-p+q")
+    assert str(grader) == "the built-in comparison (math-verify is not installed)"
+    assert str(Grader("builtin")) == "the built-in comparison"
+    with pytest.raises(ValueError, match="pip install math-verify.*--grader builtin"):
+        Grader("math-verify")
+
+
+def test_a_math_verify_that_does_not_start_is_a_sentence_not_a_silent_fallback(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('a part of it is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: True)
+    for name in ("auto", "math-verify"):
+        with pytest.raises(ChildProcessError, match="does not start.*--grader builtin"):
+            Grader(name)
+    Grader("builtin")
+
+
+def test_either_of_the_two_suffices(grader):
+    assert grader.equal("-q+p", "p - q") and not equal("-q+p", "p - q")                       # only math-verify knows
+    assert grader.equal("42.", "42") and not grader.math_verify.equal("42.", "42")            # only the built-in one does
+    assert not grader.equal("q-p", "p - q") and not grader.equal("43", "42")
+    assert str(grader).startswith("math-verify 0.") and "or the built-in comparison" in str(grader)
+
+
+@pytest.mark.parametrize("text, right", [
+    (r"\boxed{-q+p}", True), (r"\boxed{1} no: \boxed{-q+p}.", True), (r"$\boxed{-q+p}$ I hope", True),
+    (r"\boxed{-q+p} no: \boxed{1}", False), (r"\boxed{-q+p} no: \boxed{-q+p", False), ("-q+p", False), ("$-q+p$", False),
+    ("The final answer is $-q+p$. I hope it is correct.", False), (r"\fbox{-q+p}", False), (r"\boxed{}", False),
+    (r"$-q+p$ and $\boxed{1}$", False), (r"The final answer is $-q+p$. I hope. \boxed{1}", False),
+    (r"\boxed{1 \boxed {-q+p}}", False), (r"\boxed{1 \fbox{-q+p}}", False),      # nor the box in the box
+    (r"\boxed{1? The final answer is $-q+p$. I hope}", False), (r"\boxed{1? Answer: $-q+p$}", False), (r"\boxed{1$ $-q+p}", False),
+])
+def test_math_verify_sees_the_last_box_and_nothing_else(grader, text, right):
+    assert is_correct(text, "p - q", grader.equal) == right
+
+
+def test_an_answer_without_end_is_given_up_and_the_next_one_graded(grader):
+    before = grader.math_verify.given_up
+    for n in (1, 2):  # the second time it is remembered
+        assert not grader.equal("9^{9^{9^{9}}}", "42")
+        assert grader.math_verify.given_up == before + n
+    assert f"{before + 2} comparisons left to the built-in one alone" in str(grader)
+    assert grader.equal("-q+p", "p - q")
+
+
+@pytest.mark.parametrize("piece", ["{}", "9^", r"\frac", "$", r"\text{a}"])
+def test_what_is_too_long_never_reaches_math_verify(grader, piece):
+    text = boxed((piece * HUNDRED_KB)[:HUNDRED_KB // 2 * 2])
+    before = grader.math_verify.given_up
+    assert not is_correct(text, "42", grader.equal)
+    assert grader.math_verify.given_up == before + (final_answer(text) is not None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(LATEX), max_size=12).map("".join), st.lists(st.sampled_from(LATEX), max_size=8).map("".join))
+def test_no_short_input_breaks_the_grader(grader, given_answer, reference):
+    assert grader.equal(given_answer, reference) in (True, False)
+    assert grader.equal("-q+p", "p - q")  # and it goes on
+
+
+def test_all_of_math500_is_right_against_itself(references, math_verify):
+    assert len(references) == 500
+    for answer in references:
+        assert final_answer(boxed(answer)) == answer
+        assert is_correct(boxed(answer), answer) and is_correct(boxed(answer), answer, math_verify.equal)
+
+
+def test_the_built_in_comparison_agrees_as_often_as_measured(references, measured):
+    for kind, rewrites in (("same", agreement.SAME), ("different", agreement.DIFFERENT)):
+        assert measured[kind].keys() == rewrites.keys()
+        for name, rewrite in rewrites.items():
+            found = agreement.compare(references, rewrite, lambda *_: True)
+            recorded = measured[kind][name]
+            assert (found["n"], found["both"]) == (recorded["n"], recorded["both"] + recorded["only_builtin"]), name
+
+
+def test_different_references_stay_different(references, measured):
+    pairs = measured["pairs"]
+    found = agreement.compare_pairs(references, lambda *_: False)
+    assert found["n"] == pairs["n"] == 301 * 300
+    assert sorted(found["only_builtin"]) == sorted(map(tuple, pairs["both"] + pairs["only_builtin"]))
+    meant = {frozenset(pair) for pair in (
+        (r"10,\!080", "10080"), ("2 \\sqrt{5}", "2\\sqrt{5}"), (r"\frac14", r"\frac{1}{4}"),               # written differently
+        ("15", r"15\mbox{ cm}^2"), ("36", r"\$36"), ("5", "x=5"), *((n, rf"{n}^\circ") for n in ("30", "36", "90", "120")))}
+    assert {frozenset(pair) for pair in found["only_builtin"]} == meant
+
+
+def test_math_verify_says_of_pairs_what_was_measured(references, measured, math_verify):
+    equal_pairs = {tuple(pair) for pair in measured["pairs"]["both"] + measured["pairs"]["only_math_verify"]}
+    distinct, rng = sorted(set(references)), random.Random(0)
+    for pair in [*equal_pairs, *(tuple(rng.sample(distinct, 2)) for _ in range(200))]:
+        assert math_verify.equal(*pair) == (pair in equal_pairs), pair
+
+
+@pytest.mark.slow
+def test_math_verify_agrees_as_often_as_measured(references, measured, math_verify):
+    for kind, rewrites in (("same", agreement.SAME), ("different", agreement.DIFFERENT)):
+        for name, rewrite in rewrites.items():
+            found, recorded = agreement.compare(references, rewrite, math_verify.equal), measured[kind][name]
+            assert abs(found["agree"] - recorded["agree"]) <= 2, name  # a comparison or two may run out of time
 
 
 # ------------------------------------------------------------------ problem files
@@ -487,6 +651,7 @@ def test_word_problems_are_problems():
         assert all(is_correct(boxed(problem.answer), problem.answer) for problem in problems)
 
 
-def test_data_does_not_import_torch():
-    code = "import sys, data, data.reward, data.gsm8k; sys.exit('torch' in sys.modules)"
+def test_data_does_not_import_torch_nor_the_grader_its_package():
+    code = ("import sys, data, data.reward, data.gsm8k, data.grading; "
+            "sys.exit(bool({'torch', 'sympy', 'math_verify'} & {*sys.modules}))")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0

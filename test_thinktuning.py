@@ -1,5 +1,7 @@
 """The whole program: runs end to end, repeats to the bit, speaks plainly about bad input."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -194,6 +196,17 @@ def test_majority_votes_by_value_and_ignores_unfinished_responses():
     assert majority([record("7")]) == 0
 
 
+def test_every_score_of_an_evaluation_comes_from_the_same_grader():
+    def lenient(given, answer):
+        return given.lower() == answer.lower()
+
+    records = [record("a", "A"), record("a", "b", "A"), record("a", "A", "b")]
+    strict, found = score(records, 3), score(records, 3, lenient)
+    assert (strict["accuracy"], strict["first_answer_accuracy"], strict["pass@3"], strict["maj@3"]) == (0, 0, 0, 0)
+    assert (found["accuracy"], found["first_answer_accuracy"], found["pass@3"], found["maj@3"]) == (2 / 3, 2 / 3, 1, 1)
+    assert (found["wrong_to_right"], found["right_to_wrong"]) == (1, 1)
+
+
 def test_mean_and_se_are_those_of_the_textbook():
     assert mean_and_se([1.0, 0.0, 1.0, 1.0]) == (0.75, pytest.approx((0.25 / 4) ** 0.5))
     assert mean_and_se([0.3]) == (0.3, 0.0)
@@ -381,8 +394,9 @@ def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama
     text = "Natalia sold 48 clips."
     assert transformers.AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"] == Tokenizer.load(run / "model").encode(text)
     assert main(["eval", "--model", str(run / "model"), "--data", str(GSM8K / "test.jsonl"), "--count", "3", "--samples", "2",
-                 "--max-tokens", "8"]) == 0
-    assert "maj@2" in capsys.readouterr().out
+                 "--max-tokens", "8", "--grader", "builtin"]) == 0
+    out = capsys.readouterr().out
+    assert "maj@2" in out and "graded by the built-in comparison\n" in out
 
 
 def test_training_in_bfloat16_says_what_it_needs_and_saves_bfloat16(llama_directory, tmp_path, capsys):
@@ -457,7 +471,24 @@ def test_bad_input_ends_with_one_sentence_and_status_2(model_directory, tmp_path
     assert "--temperature" in complaint(capsys, "ask", "--model", model_directory, "q", "--temperature", "-1")
     assert "--device" in complaint(capsys, "ask", "--model", model_directory, "q", "--device", "tpu9")
     assert "tokens" in complaint(capsys, "ask", "--model", model_directory, "q", "--max-tokens", "999")
+    assert "--grader" in complaint(capsys, "eval", "--model", model_directory, "--data", "wordproblems", "--grader", "me")
     assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+def test_eval_says_who_graded_and_does_not_pretend(model_directory, tmp_path, capsys, monkeypatch):
+    problems = tmp_path / "problems.json"
+    problems.write_text(json.dumps([{"problem": "p", "answer": "p - q"}, {"problem": "q", "answer": r"\frac{1}{2}"}]))
+    command = ["eval", "--model", str(model_directory), "--data", str(problems), "--max-tokens", "9"]
+    version = re.escape(importlib.metadata.version("math-verify")) if importlib.util.find_spec("math_verify") else None
+    monkeypatch.setattr(thinktuning, "spoken", lambda tokenizer, ids: r"\boxed{-q+p}")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"graded by math-verify {version} or the" if version else "graded by the built-in .*not installed", out)
+    assert main([*command, "--grader", "builtin"]) == 0 and "graded by the built-in comparison\n" in capsys.readouterr().out
+    monkeypatch.setattr("data.grading.importlib.util.find_spec", lambda name: None)
+    assert main(command) == 0 and "graded by the built-in comparison (math-verify is not installed)" in capsys.readouterr().out
+    err = complaint(capsys, *command, "--grader", "math-verify")
+    assert "pip install math-verify" in err and "--grader builtin" in err and err.count("\n") == 1
 
 
 def test_a_finished_run_is_not_written_over(model_directory, tmp_path, capsys):

@@ -25,7 +25,7 @@ from collections import Counter
 import torch
 
 from config import Config, RunFailed
-from data.reward import is_correct
+from data.reward import equal, is_correct
 from data.scores import score
 from distributed import World
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
@@ -184,7 +184,8 @@ def learn(student, optimizer, rollouts, config, published, reference, world=Worl
     return {key: sum(values) / len(values) for key, values in seen.items()}
 
 
-def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0, world=World()):
+def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0, equal=equal,
+             world=World()):
     """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
     prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
     with world.whole(model):
@@ -192,7 +193,7 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
                                         temperature=temperature, generator=torch.Generator().manual_seed(seed))
     responses = world.gather(responses)
     records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
-    scores = score(records, samples)
+    scores = score(records, samples, equal)
     scores["mean_length"] = sum(map(len, responses)) / len(responses)
     scores["behaviours"] = dict(Counter(filter(None, (behaviour(text) for _, text, _ in records))))
     return scores, records

@@ -3,16 +3,17 @@
 import math
 from collections import Counter
 
-from data.reward import answers, canonical, final_answer, is_correct
+from data.reward import answers, canonical, equal, final_answer, is_correct
 
 
-def score(records, samples=1) -> dict:
+def score(records, samples=1, equal=equal) -> dict:
     """Accuracy and reflection of (problem, text, finished) records, `samples` in a row for each problem.
 
     Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and maj@k join it.
+    `equal(given, answer)` compares two final answers, but the votes of maj@k are sorted by the built-in `canonical`.
     """
-    right = [finished and is_correct(text, p.answer) for p, text, finished in records]
-    first = [first_is_right(text, p.answer) for p, text, _ in records]
+    right = [finished and is_correct(text, p.answer, equal) for p, text, finished in records]
+    first = [first_is_right(text, p.answer, equal) for p, text, _ in records]
     second = [reflects(text) for _, text, _ in records]
     groups = [right[i : i + samples] for i in range(0, len(right), samples)]
     accuracy, se = mean_and_se([sum(g) / samples for g in groups])
@@ -32,7 +33,7 @@ def score(records, samples=1) -> dict:
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < samples] + [samples]
         for k in ks:
             scores[f"pass@{k}"], scores[f"pass@{k}_se"] = mean_and_se([pass_at_k(samples, sum(g), k) for g in groups])
-        votes = [majority(records[i : i + samples]) for i in range(0, len(records), samples)]
+        votes = [majority(records[i : i + samples], equal) for i in range(0, len(records), samples)]
         scores[f"maj@{samples}"], scores[f"maj@{samples}_se"] = mean_and_se(votes)
     return scores
 
@@ -49,15 +50,16 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def majority(records) -> float:
+def majority(records, equal=equal) -> float:
     """1 if the commonest final answer of one problem's finished responses is right; the earlier one wins a tie."""
-    votes = Counter(canonical(a) for _, text, finished in records if finished and (a := final_answer(text)) is not None)
-    return float(bool(votes) and votes.most_common(1)[0][0] == canonical(records[0][0].answer))
+    given = [a for _, text, finished in records if finished and (a := final_answer(text)) is not None]
+    kinds = [canonical(a) for a in given]
+    return float(bool(given) and equal(given[kinds.index(Counter(kinds).most_common(1)[0][0])], records[0][0].answer))
 
 
-def first_is_right(text: str, answer: str) -> bool:
+def first_is_right(text: str, answer: str, equal=equal) -> bool:
     found = answers(text)
-    return bool(found) and canonical(found[0]) == canonical(answer)
+    return bool(found) and equal(found[0], answer)
 
 
 def reflects(text: str) -> bool:
