@@ -88,9 +88,9 @@ def prepare_train(args):
 
     def job():
         history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
-        with world.whole(student):
-            if world.is_first:
-                student.save(out / "model", tokenizer)
+        trained = world.whole(student)
+        if world.is_first:
+            trained.save(out / "model", tokenizer)
         run.close()
         if not world.is_first:
             return

@@ -3,18 +3,17 @@
 Every process samples its share of a step's questions and asks the teacher about its share of the attempts. Then all of them
 know all rollouts, so choosing, rewards and advantages are worked out everywhere alike, and each computes its share of the
 gradient. PyTorch's FSDP2 keeps the weights, their gradients and the optimiser's state in N parts and does the adding up;
-for sampling each process puts the weights together, since rows end at different times and nobody should wait at every token.
+for sampling each process has a copy in one piece, since rows end at different times and nobody should wait at every token.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class World:
@@ -58,35 +57,33 @@ class World:
             return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+        self.copy = copy.deepcopy(model).to(self.dtype).requires_grad_(False)
         mesh = dist.init_device_mesh(model.device.type, (self.size,))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "hidden")
 
-    @contextmanager
+    @torch.no_grad()
     def whole(self, model):
-        """Inside, this process has all the weights and runs the model without the others."""
-        parts = [m for m in model.modules() if hasattr(m, "unshard")]
-        for m in parts:
-            m.unshard()
-            m.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for m in parts:
-                m.set_reshard_after_forward(m is not model, recurse=False)
-                m.reshard()
+        """The model in one piece, to run without the others: itself, or this process's copy with the weights of now."""
+        if self.size == 1:
+            return model
+        for ours, spread in zip(self.copy.parameters(), model.parameters(), strict=True):
+            ours.copy_(full(spread))
+        return self.copy
 
 
 def full(tensor):
     """A tensor in one piece; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(stored, tensor):
     """`stored`, which is in one piece, spread as `tensor` is."""
-    if isinstance(tensor, DTensor):
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
         stored = stored.to(tensor.device, tensor.dtype)
         return distribute_tensor(stored, tensor.device_mesh, tensor.placements, src_data_rank=None)  # everybody has read it
     return stored

@@ -210,12 +210,12 @@ def snapshot(model, rollouts, micro_batch=16384, world=World()):
     """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
     if not (waiting := [r for r in rollouts if r.old_logprobs is None]):
         return
-    with world.whole(model):
-        for batch in micro_batches(world.share(waiting), micro_batch):
-            tokens, mask, *_ = collate(batch, device=model.device)
-            logprobs = token_logprobs(model, tokens, mask)
-            for r, row, m in zip(batch, logprobs, mask):
-                r.old_logprobs = row[m].tolist()
+    model = world.whole(model)
+    for batch in micro_batches(world.share(waiting), micro_batch):
+        tokens, mask, *_ = collate(batch, device=model.device)
+        logprobs = token_logprobs(model, tokens, mask)
+        for r, row, m in zip(batch, logprobs, mask):
+            r.old_logprobs = row[m].tolist()
     for r, known in zip(waiting, world.gather([r.old_logprobs for r in world.share(waiting)])):
         r.old_logprobs = known
 

@@ -62,8 +62,8 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             began = time.perf_counter()
             batch = questions_of_step(problems, config.questions, config.seed, step)
             generator, rng = seeds_of_step(config.seed, step, published, world.rank)
-            with world.whole(student):
-                rollouts = world.gather(sample_rollouts(student, tokenizer, world.share(batch), config, generator))  # 1
+            rollouts = world.gather(
+                sample_rollouts(world.whole(student), tokenizer, world.share(batch), config, generator))  # 1
             metrics = {"step": step, **describe_sampled(rollouts)}
             sampled = sum(len(r.response) for r in rollouts)
             fraction = 0.0
@@ -188,9 +188,8 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
              world=World()):
     """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
     prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
-    with world.whole(model):
-        responses, _ = sample_responses(model, prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
-                                        temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    responses, _ = sample_responses(world.whole(model), prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
+                                    temperature=temperature, generator=torch.Generator().manual_seed(seed))
     responses = world.gather(responses)
     records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
     scores = score(records, samples, equal)
