@@ -58,6 +58,9 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     steps = config.steps or max(1, len(problems) // config.questions)
     done, history = run.restore(student, optimizer) if run else (0, [])
     with interruptible() as interrupted:
+        def stopped():  # a signal to one process counts for all, who else would wait for one another
+            return any(world.gather([interrupted.is_set]))
+
         for step in range(done, steps):
             began = time.perf_counter()
             batch = questions_of_step(problems, config.questions, config.seed, step)
@@ -84,17 +87,17 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             metrics |= learn(student, optimizer, rollouts, config, published, reference, world)  # 8
             metrics["tokens_per_second"] = sampled / (time.perf_counter() - began)
             due = step + 1 == steps or config.eval_every and (step + 1) % config.eval_every == 0
-            if due and teacher is not None:
+            if due and teacher is not None and world.is_first:
                 tell_if_mute(teacher, [*history, metrics])
-            stop = any(world.gather([interrupted.is_set]))  # the same for all, who else would wait for one another
-            if validation and due and not stop:
+            if validation and due and not stopped():
                 scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows, world=world)
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
             history.append(metrics)
             if run:
                 run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step))
-                if config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
-                    run.save(step + 1, student, optimizer)
+            stop = stopped()
+            if run and config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
+                run.save(step + 1, student, optimizer)
             if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
                 raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, gradient norm "
                                 f"{metrics['grad_norm']:.3g}): nothing was changed in them; try a lower --learning-rate or --dtype float32")
