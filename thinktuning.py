@@ -80,7 +80,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
             history.append(metrics)
             if run:
-                run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step))
+                run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step, config))
             if interrupted.is_set:
                 break
     return history
