@@ -31,6 +31,7 @@ from thinktuning import RunFailed, evaluate, make_teacher, train
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, student_weight=2.0)
 FLOOR = 0.03
+CURVE = dict(eval_every=5, eval_count=100)  # validation problems answered while training, for the report's curves
 GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
 READS = (  # with the rows a step of each
     "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
@@ -77,7 +78,7 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
     results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
     for method in ("grpo", "thinktuning"):
         started = time.perf_counter()
-        student, curves[method] = train_one(base, tokenizer, replace(config, method=method), out / method)
+        student, curves[method] = train_one(base, tokenizer, replace(config, method=method, **CURVE), out / method)
         seconds[method] = time.perf_counter() - started
         student.save(out / method / "model", tokenizer)
         if len(curves[method]) < config.steps:
@@ -100,7 +101,9 @@ def train_one(base, tokenizer, config, path=None, wrap=None):
     if teacher and wrap:
         teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
     run = Run(path, {"model": "the demonstration's base", **vars(config)}, config.method) if path else None
-    history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run)
+    validation = load_problems("wordproblems", "validation")[: config.eval_count] if path else ()
+    history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run,
+                    validation=validation)
     if run:
         run.close()
     return student, history
