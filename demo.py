@@ -25,6 +25,7 @@ from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
 from record import Run, clock, progress
+from report import write_report
 from teacher import Feedback
 from thinktuning import RunFailed, evaluate, make_teacher, train
 
@@ -69,7 +70,8 @@ def prepare(args):
 
 def demonstrate(out, cache, recipe, tokenizer, config, quick):
     began = time.perf_counter()
-    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink(missing_ok=True)  # an old table must not stand beside new models
     base, seconds = base_model(cache, recipe, tokenizer, quick)
     test = load_problems("wordproblems", "test")
     test = test[:50] if quick else test
@@ -89,9 +91,11 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
         results[name]["seconds"] = seconds[phase]
     write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"],
                                        "length_cost": config.length_cost, "steps": config.steps, "quick": quick})
+    write_report(out)
     print("\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records))
     print(f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
-          f"models, metrics and transcripts are in {out}/")
+          f"models, metrics and transcripts are in {out}/, "
+          f"{out}/report.html shows them")
 
 
 def train_one(base, tokenizer, config, path=None, wrap=None):
@@ -106,6 +110,7 @@ def train_one(base, tokenizer, config, path=None, wrap=None):
                     validation=validation)
     if run:
         run.close()
+        write_report(path)
     return student, history
 
 

@@ -4,6 +4,7 @@
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
+    python thinktuning.py report RUN [RUN ...]       the HTML page again, or across runs
 
 `train` below is the method of arXiv 2508.07616, in its order; the numbers in its comments are the steps in its docstring.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import report
 from config import DEMO, Config, add_config_flags
 from data import Problem, load_problems
 from data.reward import is_correct
@@ -217,6 +219,7 @@ def prepare_train(args):
         history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation)
         student.save(out / "model", tokenizer)
         run.close()
+        report.write_report(out)
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
         print(f"{len(history)} steps -> {out}/model  {summary}")
 
@@ -319,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
                       help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
     demo.add_argument("--repeats", type=int, default=3, help="training seeds of every variant of --ablate (3)")
     demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
-    commands = top.add_subparsers(title="commands", metavar="train | eval | ask")
+    commands = top.add_subparsers(title="commands", metavar="train | eval | ask | report")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
@@ -348,6 +351,11 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("question")
     a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
     a.set_defaults(prepare=prepare_ask)
+
+    r = commands.add_parser("report", help="one HTML page of a run, or across runs")
+    r.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or of a demonstration with its runs")
+    r.add_argument("--out", help="file to write (report.html in RUN; of several runs, in the current directory)")
+    r.set_defaults(prepare=report.prepare)
     for p in (e, a):
         p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
         p.add_argument("--seed", type=natural, default=0)
