@@ -52,6 +52,7 @@ def prepare_train(args):
     import torch
 
     import plan
+    import report
     from data import load_problems
     from distributed import World
     from record import Run
@@ -65,7 +66,7 @@ def prepare_train(args):
     if (out / "metrics.jsonl").exists():
         if not args.resume:
             raise ValueError(f"{out} already holds a run: continue it with --resume, or give another directory with --out")
-        if not config.micro_batch:  # what was chosen then: another size would round differently
+        if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another size would round differently
             config = replace(config, micro_batch=read_json(out / "config.json").get("micro_batch", 0))
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
@@ -94,6 +95,7 @@ def prepare_train(args):
         run.close()
         if not world.is_first:
             return
+        report.write_report(out)
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
         print(f"{len(history)} steps -> {out}/model  {summary}")
 
@@ -124,7 +126,7 @@ def load_model(path, device, dtype):
     return model, tokenizer
 
 
-def fitting(problems: list, model, tokenizer, config, source) -> list[Problem]:
+def fitting(problems: list, model, tokenizer, config, source) -> list:
     """The problems whose prompt leaves room for an answer; says how many were dropped."""
     from thinktuning import student_prompt
 
@@ -207,7 +209,14 @@ DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
   python thinktuning.py train --model DIR --data gsm8k
   python thinktuning.py eval  --model DIR --data FILE
   python thinktuning.py ask   --model DIR "question"
+  python thinktuning.py report RUN [RUN ...]       the HTML page again, or across runs
 """
+
+
+def prepare_report(args):
+    from report import prepare
+
+    return prepare(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
                       help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
     demo.add_argument("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
     demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
-    commands = top.add_subparsers(title="commands", metavar="train | eval | ask")
+    commands = top.add_subparsers(title="commands", metavar="train | eval | ask | report")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
@@ -257,6 +266,11 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("question")
     a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
     a.set_defaults(prepare=prepare_ask)
+
+    r = commands.add_parser("report", help="one HTML page of a run, or across runs")
+    r.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or of a demonstration with its runs")
+    r.add_argument("--out", help="file to write (report.html in RUN; of several runs, in the current directory)")
+    r.set_defaults(prepare=prepare_report)
     for p in (e, a):
         p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
         p.add_argument("--seed", type=natural, default=0)

@@ -25,12 +25,14 @@ from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
 from record import Run, clock, progress, writable, write_json
+from report import write_report
 from teacher import Feedback
 from thinktuning import evaluate, make_teacher, train
 
 RECIPE = dict(dim=96, n_layers=3, n_heads=2, ffn_dim=256, steps=1300, learning_rate=3e-3, warmup=100, decay=0.45,
               student_rows=14, teacher_rows=6, transcript_rows=3, ledger_rows=4, remark_rows=2, student_weight=2.0)
 FLOOR = 0.01
+CURVE = dict(eval_every=5, eval_count=100)  # validation problems answered while training, for the report's curves
 GATE, CYCLES = 0.85, 3  # pretraining goes round again until the teacher prompt solves so many validation problems
 READS = (  # with the rows a step of each
     "{student_rows} student texts: a question, a one-line answer, the end; a share of {floor:g} go on with an unrelated remark",
@@ -69,7 +71,8 @@ def prepare(args):
 
 def demonstrate(out, cache, recipe, tokenizer, config, quick):
     began = time.perf_counter()
-    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink(missing_ok=True)  # an old table must not stand beside new models
     base, seconds = base_model(cache, recipe, tokenizer, quick)
     test = load_problems("wordproblems", "test")
     test = test[:50] if quick else test
@@ -78,7 +81,7 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
     results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
     for method in ("grpo", "thinktuning"):
         started = time.perf_counter()
-        student, curves[method] = train_one(base, tokenizer, replace(config, method=method), out / method)
+        student, curves[method] = train_one(base, tokenizer, replace(config, method=method, **CURVE), out / method)
         seconds[method] = time.perf_counter() - started
         student.save(out / method / "model", tokenizer)
         if len(curves[method]) < config.steps:
@@ -89,9 +92,11 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
         results[name]["seconds"] = seconds[phase]
     write_json(out / "summary.json", {**results, "seconds": seconds, "seed": config.seed, "floor": recipe["floor"],
                                        "length_cost": config.length_cost, "steps": config.steps, "quick": quick})
+    write_report(out)
     print("\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records))
     print(f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
-          f"models, metrics and transcripts are in {out}/")
+          f"models, metrics and transcripts are in {out}/, "
+          f"{out}/report.html shows them")
 
 
 def train_one(base, tokenizer, config, path=None, wrap=None):
@@ -101,9 +106,12 @@ def train_one(base, tokenizer, config, path=None, wrap=None):
     if teacher and wrap:
         teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
     run = Run(path, {"model": "the demonstration's base", **vars(config)}, config.method) if path else None
-    history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run)
+    validation = load_problems("wordproblems", "validation")[: config.eval_count] if path else ()
+    history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run,
+                    validation=validation)
     if run:
         run.close()
+        write_report(path)
     return student, history
 
 

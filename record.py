@@ -1,4 +1,4 @@
-"""What is recorded of a run: the metrics of a step, transcripts, the run directory, the progress line, the stop signal."""
+"""What is recorded of a run and read back: metrics, transcripts, the run directory; the progress line and the stop signal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 import checkpoint
 from data.reward import is_correct
 from data.scores import reflects
 from distributed import World
+from grpo import shaped_ratio
 from teacher import behaviour
 from weights import read_json
 
@@ -138,6 +142,59 @@ def writable(path) -> Path:
         return path
 
 
+class Recorded(NamedTuple):
+    """A run directory read back."""
+    path: Path
+    config: dict
+    metrics: list[dict]
+    transcripts: list[dict]
+
+
+def read_runs(paths) -> tuple[list[Recorded], list[dict]]:
+    """The runs in `paths`, each a run directory or one that holds some (a demonstration's), and the summaries found there.
+
+    ValueError names the file, and the line, that is not what a run writes.
+    """
+    runs, summaries = {}, {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a directory; give that of a run or of a demonstration")
+        found = [path] if (path / "metrics.jsonl").exists() else sorted(p.parent for p in path.glob("*/metrics.jsonl"))
+        if not found:
+            raise ValueError(f"{path} holds no metrics.jsonl, nor does a directory in it; give the directory of a run")
+        for p in found:
+            lines = read_lines(p / "transcripts.jsonl") if (p / "transcripts.jsonl").exists() else []
+            runs[p.resolve()] = Recorded(p, read_object(p / "config.json"), read_lines(p / "metrics.jsonl"), lines)
+        if (path / "summary.json").exists():
+            summaries[path.resolve()] = read_object(path / "summary.json")
+    return list(runs.values()), list(summaries.values())
+
+
+def read_object(path: Path) -> dict:
+    value = parse(path.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; restore it or run again")
+    return value
+
+
+def read_lines(path: Path) -> list[dict]:
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if line.strip():
+            entry = parse(line)
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int or not 0 <= entry["step"] < 10**9:
+                raise ValueError(f'{path}, line {number}: not a JSON object with a "step"; restore or delete that line')
+            entries.append(entry)
+    return entries
+
+
+def parse(text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def clock(seconds: float) -> str:
     return "{}:{:02}".format(*divmod(round(seconds), 60))
 
@@ -196,7 +253,7 @@ def describe_help(asked, rollouts) -> dict:
             "behaviours": Counter(filter(None, (behaviour(f"{f.reason} {f.phrase}") for _, f, _ in parsed)))}
 
 
-def transcripts(rollouts, asked, tokenizer, step, most=3) -> list[dict]:
+def transcripts(rollouts, asked, tokenizer, step, config, most=3) -> list[dict]:
     """A few of the step's rollouts as text: guided ones first, the student's part and the teacher's apart."""
     picked = [i for i, f, _ in asked if f is not None][: most - 1]
     picked += [i for i in range(len(rollouts)) if i not in picked][: most - len(picked)]
@@ -204,8 +261,33 @@ def transcripts(rollouts, asked, tokenizer, step, most=3) -> list[dict]:
     lines = []
     for i in picked:
         r, f = rollouts[i], replies.get(i)
-        own = r.response if r.guided_from is None else r.response[: r.guided_from]
+        own = tokenizer.decode(r.response if r.guided_from is None else r.response[: r.guided_from])
         guidance = "" if r.guided_from is None else tokenizer.decode(r.response[r.guided_from :])
-        lines.append({"step": step, "question": r.question, "answer": r.answer, "student": tokenizer.decode(own),
-                      "guidance": guidance, "opinion": f and f.opinion, "reward": r.reward, "advantage": r.advantage})
+        lines.append({"step": step, "question": r.question, "answer": r.answer, "student": own,
+                      "attempt_right": is_correct(own, r.answer), "guidance": guidance, "opinion": f and f.opinion,
+                      "reason": f and f.reason, "phrase": f and f.phrase, "reward": r.reward, "advantage": r.advantage,
+                      "guidance_tokens": guidance_tokens(r, tokenizer, config)})
+    return lines
+
+
+def guidance_tokens(rollout, tokenizer, config) -> list[list]:
+    """[text, w, π_old] of each of the teacher's tokens; w is None where AAS does not weigh it: guard (c), other shapings.
+
+    The texts add up to the guidance: a character spelt by several tokens stands with the last of them.
+    """
+    if rollout.guided_from is None:
+        return []
+    start, lines, waiting = rollout.guided_from, [], []
+    logprobs, advantage = torch.tensor([rollout.old_logprobs[start:]]), torch.tensor([[rollout.advantage]])
+    w = shaped_ratio(logprobs, advantage, config.guards, gamma_min=config.gamma_min, gamma_max=config.gamma_max,
+                     published="gamma" in config.published_items)
+    for token, weight, pi in zip(rollout.response[start:], w[0].tolist(), logprobs[0].exp().tolist()):
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        whole = not text.endswith("\ufffd")  # or else half a character: wait for the rest
+        weighed = config.shaping == "aas" and not (rollout.advantage < 0 and pi < config.unlikely)
+        lines.append([text if whole else "", round(weight, 4) if weighed else None, round(pi, 4)])
+        waiting = [] if whole else waiting
+    if waiting:
+        lines[-1][0] = tokenizer.decode(waiting)  # bytes that never became a character
     return lines

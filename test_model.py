@@ -724,10 +724,11 @@ def test_parity_over_a_thousand_positions(name, tmp_path):
     """Shown by `python -m pytest -q -s -m slow -k parity`."""
     theirs = liven(transformers.AutoModelForCausalLM.from_config(PUBLISHED_SHAPES[name]))
     theirs.save_pretrained(tmp_path)
-    tokens = torch.randint(0, WIDE["vocab_size"], (2, 1200))
+    tokens = random_tokens(2, 1200) * 32
     with torch.no_grad():
         expected, ours = theirs(tokens).logits, LM.load(tmp_path)(tokens)
+        rounding = (theirs.double()(tokens).logits - expected).abs().max().item()
     worst = (ours - expected).abs().max().item()
-    print(f"\n{name}: worst difference {worst:.1e} in fp32 logits of standard deviation {expected.std():.2f}, "
-          f"transformers {transformers.__version__}")
-    assert worst < 1e-4 * max(1, expected.std().item())
+    print(f"\n{name}: worst difference {worst:.1e} in fp32 logits of standard deviation {expected.std():.2f}; transformers "
+          f"{transformers.__version__} in fp32 is {rounding:.1e} from itself in float64")
+    assert worst < rounding

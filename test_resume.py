@@ -19,6 +19,7 @@ from cli import main
 from data import tokenizer
 from grpo import MasterAdamW
 from model import LM, ModelConfig
+from record import Run
 from teacher import Feedback, Teacher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -91,14 +92,14 @@ def steps_of(out):
 
 def test_an_interrupted_and_resumed_run_is_the_undisturbed_one(start, undisturbed, tmp_path):
     out = tmp_path / "run"
-    log = thinktuning.Run.log
+    log = Run.log
 
     def stop_at_step_3(run, metrics, *rest):
         log(run, metrics, *rest)
         if metrics["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert child(start, out, before=lambda: setattr(thinktuning.Run, "log", stop_at_step_3)) == 0
+    assert child(start, out, before=lambda: setattr(Run, "log", stop_at_step_3)) == 0
     assert steps_of(out) == [2, 3] and len(open(out / "metrics.jsonl").readlines()) == 3
     with open(out / "metrics.jsonl", "a") as file:  # lines of steps that no checkpoint holds, the last one torn
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
@@ -202,14 +203,14 @@ def test_25_kills_at_random_moments_change_nothing(start, undisturbed, tmp_path)
 def test_a_second_run_in_one_directory_is_refused_and_a_dead_ones_lock_is_not(start, tmp_path):
     out = tmp_path / "run"
     ready, release = os.pipe(), os.pipe()
-    log = thinktuning.Run.log
+    log = Run.log
 
     def hold(run, metrics, *rest):
         log(run, metrics, *rest)
         os.write(ready[1], b"x")
         os.read(release[0], 1)
 
-    holder = child(start, out, before=lambda: setattr(thinktuning.Run, "log", hold), wait=False)
+    holder = child(start, out, before=lambda: setattr(Run, "log", hold), wait=False)
     os.read(ready[0], 1)  # it holds the directory now
     assert child(start, out) == 2
     assert "in use by another run" in (tmp_path / "run.log").read_text()

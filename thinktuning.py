@@ -4,6 +4,7 @@
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
+    python thinktuning.py report RUN [RUN ...]       the HTML page again, or across runs
 
 `train` below is the method of arXiv 2508.07616, in its order; the numbers in its comments are the steps in its docstring.
 """
@@ -30,7 +31,7 @@ from data.scores import score
 from distributed import World
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
 from model import LM, generate
-from record import Run, describe_help, describe_sampled, interruptible, transcripts
+from record import describe_help, describe_sampled, interruptible, transcripts
 from teacher import Teacher, behaviour, guidance_fraction
 
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
@@ -94,7 +95,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
                 metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
             history.append(metrics)
             if run:
-                run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step))
+                run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step, config))
             stop = stopped()
             if run and config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
                 run.save(step + 1, student, optimizer)
