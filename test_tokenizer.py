@@ -336,7 +336,8 @@ conversations = st.builds(
 @example(messages=CONVERSATION[3:])
 @example(messages=CONVERSATION[:1])
 @example(messages=CONVERSATION[:3])
-@example(messages=[{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "<think>\n4?\n</think> no </think>\n\n5"},
+@example(messages=[{"role": "user", "content": "2 + 3?"},
+                   {"role": "assistant", "content": "<think>\n4?\n</think> no </think>\n\n5"},
                    {"role": "assistant", "content": "It is 5."}])
 def test_render_equals_apply_chat_template(chats, name, published, messages):
     ours, theirs = chats[name, published]
