@@ -434,6 +434,7 @@ def test_ask_streams_what_generate_gives(model_directory, capsys):
 @pytest.mark.parametrize("text, earns", [
     (r"\boxed{3} \boxed{5} \boxed{7}", 1), (r"\boxed{7} \boxed{3}", 0), (r"\boxed{7} and so \boxed{", 0), (r"\boxed{7} \boxed{3", 0),
     (r"\boxed{7 or 8}", 0), (r"\boxed{7, 8}", 0), (r"\boxed{\boxed{7}}", 1), (r"\boxed{\boxed{8}7}", 0),
+    (r"\boxed{x = 7}", 1), (r"\boxed{7 \text{ cm}}", 1), (r"\boxed{7\%}", 0), (r"\boxed{7k}", 0), (r"\boxed{x = 8 = 7}", 0),
     (r"\boxed{8}<|end|>\boxed{7}", 1), (r"\boxed{7}<|end|><|student|>\boxed{8}", 0),
     (r"<opinion>correct</opinion><reason>x</reason><phrase>\boxed{7}</phrase> \boxed{8}", 0),
     ("\\boxed{\uff17}", 0), ("\\boxed{\u0667}", 0), ("\\boxed{\u2077}", 0), (r"\boxed{seven}", 0), (r"\boxed{7e0}", 0),
