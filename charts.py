@@ -12,6 +12,8 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from data.scores import mean_and_se
+HUGE = 1e12  # what is larger is no measurement, and its square would soon overflow
+
 
 class Point(NamedTuple):
     step: float
@@ -127,7 +129,7 @@ def number(metrics: dict, key: str) -> float | None:
     if key not in metrics:
         return None
     value = metrics[key]
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e12 else math.nan
+    return float(value) if isinstance(value, (int, float)) and abs(value) < HUGE else math.nan
 
 
 def series(runs, value, every=1) -> list[Point]:
@@ -143,7 +145,7 @@ def series(runs, value, every=1) -> list[Point]:
                 bins[m["step"] // every][i].append((v, number(m, f"{value}_se") or 0.0))
     points = []
     for b, by_run in sorted(bins.items()):
-        means = [sum(good) / len(good) for entries in by_run.values() if (good := [v for v, _ in entries if math.isfinite(v)])]
+        means = [sum(good) / len(good) for entries in by_run.values() if (good := [v for v, _ in entries if abs(v) < HUGE])]
         mean, error = mean_and_se(means) if means else (math.nan, 0.0)
         if len(runs) == 1 and len(by_run[0]) == 1:
             error = by_run[0][0][1]

@@ -353,7 +353,11 @@ def article(line: dict) -> str:
 def guidance(line) -> str:
     """The teacher's reason and phrase, each token shaded by its weight."""
     recorded = line.get("guidance_tokens") or [[line["guidance"], None, None]]  # runs from before the tokens were recorded
-    tokens = [(str(text), *(number({"": v}, "") for v in values)) for text, *values in recorded]
+    try:
+        tokens = [(str(text), number({"": w}, ""), number({"": pi}, "")) for text, w, pi in recorded]
+    except (TypeError, ValueError):
+        raise ValueError(f"transcripts.jsonl, step {line['step']}: guidance_tokens is not a list of [text, w, π]; restore it or "
+                         "delete the line") from None
     boundary, spoken, words = len(f"\n\n{line.get('reason') or ''}"), 0, {"reason": "", "phrase": ""}
     for text, w, pi in tokens[: LONGEST // 4]:
         words["reason" if line.get("reason") and spoken < boundary else "phrase"] += shaded(text, w, pi)

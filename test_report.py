@@ -417,6 +417,25 @@ def test_a_broken_line_is_named_with_file_and_number(broken, tmp_path, capsys):
     assert not (run / "report.html").exists()
 
 
+def test_tokens_that_are_no_triples_are_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [step_metrics(7, 0.5)], [transcript(7, True, guidance_tokens=[["a", 1.0]])])
+    assert main(["report", str(run)]) == 2
+    assert "transcripts.jsonl, step 7: guidance_tokens" in capsys.readouterr().err
+
+
+def test_whatever_the_fields_hold_there_is_a_page():
+    rng = random.Random(0)
+    values = (None, True, [], {}, "x", "\ud800", -1, 0, 1e300, 1e-300, math.nan, math.inf, 10**400, [[1]], {"a": 1})
+    for _ in range(150):
+        metrics = [step_metrics(s, 0.5, 0.2, 0.1 * (s < 3), eval_accuracy=0.4, eval_accuracy_se=0.1) for s in range(5)]
+        lines, config = [transcript(s, s < 3) for s in range(5)], {"method": "grpo", "seed": 0, "steps": 5, "samples": 3}
+        summary = {"base": {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1}, "grpo": {"accuracy": 0.9}}
+        for spoilt in (rng.choice(metrics), rng.choice(lines), config, rng.choice([summary, summary["base"]])):
+            spoilt[rng.choice([k for k in spoilt if k not in ("step", "guidance_tokens")])] = rng.choice(values)
+        runs = [Recorded(Path("r"), config, metrics, lines)] * rng.choice((1, 2))
+        check_contained(report.page(runs, rng.choice(([], [summary]))))
+
+
 def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     run = make_run(tmp_path / "run", [step_metrics(0, 0.5)])
