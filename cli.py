@@ -71,7 +71,7 @@ def prepare_train(args):
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)
-    sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size)
+    sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free)
     student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)  # parts are masters themselves

@@ -127,21 +127,75 @@ def token_losses(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=
     return loss * mask, {key: (values.detach() * where, where) for key, (values, where) in means.items()}
 
 
-def token_logprobs(model, tokens, where=None, entropy=False):
+def token_logprobs(model, tokens, where=None, entropy=False, head_grad=None):
     """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32.
 
     With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
-    returns each position's entropy (B, T-1), without gradient.
+    returns each position's entropy (B, T-1), without gradient. The logits never exist as a whole: HeadLogprobs.
     """
     states, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
     where = torch.ones_like(targets, dtype=torch.bool) if where is None else where
-    log_p = model.head(states[where]).float().log_softmax(-1)  # (N, V)
-    chosen = log_p.gather(-1, targets[where][:, None]).squeeze(-1)
+    chosen, spread = HeadLogprobs.apply(states[where], model.head.weight, targets[where], head_grad)
     logprobs = torch.zeros(targets.shape, device=tokens.device).masked_scatter(where, chosen)
-    if not entropy:
-        return logprobs
-    spread = -(log_p.detach().exp() * log_p.detach()).sum(-1)
-    return logprobs, torch.zeros_like(logprobs).masked_scatter(where, spread)
+    return (logprobs, torch.zeros_like(logprobs).masked_scatter(where, spread)) if entropy else logprobs
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """states (N, D), head weight (V, D), targets (N,) -> log p(target) and entropy (N,), a slice of the vocabulary at a time.
+
+    Each slice's logits are used and forgotten; the backward pass computes them again from the saved log-normaliser.
+    Slices of the vocabulary rather than of positions: the weights and their gradient, by far the larger side, are then
+    read and written once. `head_grad` is a buffer (what an optimizer reads as the weight's gradient) to add the head's
+    gradient to, in place: a tied embedding would otherwise wait for it, as large as itself, until the end of the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, head_grad):
+        ctx.size = slice_size(len(states), states.device)
+        log_z = torch.full(targets.shape, -1e30, device=states.device)  # of the slices so far
+        mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)  # mean: of log p, so minus the entropy
+        for start, rows in slices(weight, ctx.size):
+            logits = (states @ rows.T).float()
+            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
+            at, inside = place(targets, start, len(rows))
+            chosen = torch.where(inside, logits.gather(-1, at).squeeze(-1), chosen)
+            shrunk, log_p = before - log_z, logits.sub_(log_z[:, None])
+            mean = shrunk.exp() * (mean + shrunk) + (log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(states, weight, targets, log_z)
+        ctx.head_grad = head_grad
+        entropy = -mean
+        ctx.mark_non_differentiable(entropy)
+        return chosen - log_z, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        states, weight, targets, log_z = ctx.saved_tensors
+        states_grad = torch.zeros_like(states, dtype=torch.float32)
+        weight_grad = torch.zeros_like(weight) if ctx.head_grad is None else ctx.head_grad
+        for start, rows in slices(weight, ctx.size):
+            # d log p(target) / d logits = one-hot - softmax
+            logits_grad = (states @ rows.T).float().sub_(log_z[:, None]).exp_().mul_(-grad[:, None])
+            at, inside = place(targets, start, len(rows))
+            logits_grad = logits_grad.scatter_add_(-1, at, (grad * inside)[:, None]).to(weight.dtype)
+            states_grad += logits_grad @ rows
+            here = weight_grad[start : start + len(rows)]
+            here.addmm_(logits_grad.T, states) if here.dtype == states.dtype else here.add_(logits_grad.T @ states)
+        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None
+
+
+def slice_size(positions, device) -> int:
+    """Rows of the head that are computed at once: 16 MB of logits on a CPU, whose caches they should fit, 256 MB on a GPU."""
+    return max(512, (1 << (22 if torch.device(device).type == "cpu" else 26)) // max(1, positions))
+
+
+def slices(weight, size):
+    return ((start, weight[start : start + size]) for start in range(0, len(weight), size))
+
+
+def place(targets, start, size):
+    """Where a target stands in a slice of the vocabulary, (N, 1), and whether it is in there at all, (N,)."""
+    at = targets - start
+    return at.clamp(0, size - 1)[:, None], (at >= 0) & (at < size)
 
 
 def collate(rollouts, guided_tokens="guidance", device="cpu"):
@@ -192,8 +246,9 @@ class MasterAdamW(torch.optim.AdamW):
         self.copies.append((weight, master))
 
         def collect(_):
-            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-            weight.grad = None
+            if weight.grad is not None:  # none came by this way: see gradient_buffer
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
 
         weakref.finalize(self, weight.register_post_accumulate_grad_hook(collect).remove)  # goes when this optimizer goes
         return master
@@ -203,6 +258,13 @@ class MasterAdamW(torch.optim.AdamW):
         super().step(closure)
         for weight, master in self.copies:
             weight.copy_(master)
+
+
+def gradient_buffer(optimizer, weight):
+    """Zeros that `optimizer` will read as the gradient of `weight`: the weight's own .grad, or its master's."""
+    owner = dict(getattr(optimizer, "copies", ())).get(weight, weight)
+    owner.grad = torch.zeros_like(owner)
+    return owner.grad
 
 
 @torch.no_grad()
@@ -240,10 +302,11 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
     batches = list(micro_batches(world.share(active), micro_batch))
     sums, counts = Counter(), Counter()
     optimizer.zero_grad(set_to_none=True)
+    head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
     for i in range(max(world.gather([len(batches)]))):
         idle = i >= len(batches)  # the others have more to do, and every pass is made together
         tokens, mask, guided, old, advantages = collate(active[:1] if idle else batches[i], guided_tokens, model.device)
-        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True)
+        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True, head_grad=head_grad)
         if reference is not None:
             with torch.no_grad():
                 loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask)

@@ -1,4 +1,4 @@
-"""The decoder language model, its KV cache, the sampler, and weights in and out.
+"""The decoder language model, and its weights in and out; its KV cache and the sampler are in sampler.py.
 
 One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
 SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
@@ -17,7 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sampler import KVCache, generate, prefill, sample  # noqa: F401 (public names of this module)
 from weights import config_to_json, read_companions, read_config, read_tensors, write_directory
+
+# Hidden units of a whole pass from which on the backward pass computes the feed-forward layers again instead of keeping them:
+# five tensors of that size would be kept. Below it memory is cheap and time is not.
+RECOMPUTE_FROM = 1 << 25
 
 
 @dataclass
@@ -52,6 +57,7 @@ class LM(nn.Module):
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
         self.recompute = False  # activation checkpointing: the backward pass computes each block again instead of keeping it
+        self.compiled, self.recordings = True, 0  # on a GPU decoding steps are recorded as CUDA graphs; how many were
         self.source: dict | None = None  # the config.json it was loaded from, and the files beside it: save writes them back
         self.companions: dict[str, bytes] = {}
 
@@ -70,11 +76,13 @@ class LM(nn.Module):
         self.inv_freq = self.inv_freq.to(x.device)
         angles = positions[..., None] * self.inv_freq  # (B, T, E/2)
         rope = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+        training = torch.is_grad_enabled()
+        large = training and B * T * self.config.n_layers * self.config.ffn_dim >= RECOMPUTE_FROM
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, None, use_reentrant=False)
+            if self.recompute and training:
+                x = checkpoint(layer, x, rope, mask, None, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rope, mask, cache and partial(cache.write, i, positions))
+                x = layer(x, rope, mask, cache and partial(cache.attend, i), large)
         return self.norm(x)
 
     @property
@@ -138,10 +146,14 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, write):
-        x = x + self.attention(self.attention_norm(x), rope, mask, write)
+    def forward(self, x, rope, mask, attend, recompute_ffn=False):
+        x = x + self.attention(self.attention_norm(x), rope, mask, attend)
+        # Three quarters of what a backward pass keeps is made here, by a seventh of the pass's arithmetic.
+        return x + (checkpoint(self.ffn, x, use_reentrant=False, preserve_rng_state=False) if recompute_ffn else self.ffn(x))
+
+    def ffn(self, x):
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up)
 
 
 class Attention(nn.Module):
@@ -154,17 +166,19 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, rope, mask, write):
+    def forward(self, x, rope, mask, attend):
         c = self.config
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
-        q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if write is not None:
-            k, v = write(k, v)  # (B, K, S, E): everything the row has seen
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+            heads = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
+        turned = rotate(heads[:, : c.n_heads + c.n_kv_heads], rope)
+        q, k, v = turned[:, : c.n_heads], turned[:, c.n_heads :], heads[:, c.n_heads + c.n_kv_heads :]
+        if attend is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = attend(q, k, v, mask)  # also over what the cache holds
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -186,155 +200,3 @@ def rope_frequencies(config: ModelConfig):
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, divided by the factor
     return freq * (keep + (1 - keep) / s["factor"])
-
-
-class KVCache:
-    """Keys and values of up to `rows` rows and `max_len` positions, allocated once.
-
-    Row b holds `lengths[b]` valid positions; what lies behind them is masked and overwritten, so a right-padded
-    prompt is written whole and `lengths` then set back to its true length.
-    """
-
-    def __init__(self, model: LM, rows: int, max_len: int):
-        c = model.config
-        weight = model.embed.weight
-        shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.longest = 0  # no row is longer: known here without asking the device
-
-    def reserve(self, B, T):
-        """Claim T positions in each of the first B rows: their positions (B, T) and the mask (B, 1, T, S)."""
-        if self.longest + T > self.k.shape[3]:
-            raise ValueError(f"the KV cache holds {self.k.shape[3]} positions, {self.longest + T} are needed")
-        positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
-        empty = self.longest == 0
-        self.lengths[:B] += T
-        self.longest += T
-        if empty:
-            return positions, None  # plain causal attention
-        visible = torch.arange(self.longest, device=positions.device) <= positions[..., None]  # (B, T, S)
-        return positions, visible[:, None]
-
-    def write(self, layer, positions, k, v):
-        """Store a layer's new k, v (B, K, T, E) at `positions` (B, T); returns everything its rows hold, (B, K, S, E) each."""
-        B = len(positions)
-        rows = torch.arange(B, device=positions.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer, :B, :, : self.longest], self.v[layer, :B, :, : self.longest]
-
-    def set_lengths(self, lengths):
-        """Cut rows back to their true lengths (a list of int, one a row)."""
-        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-        self.longest = max(lengths)
-
-    def copy_from(self, other: "KVCache", samples: int = 1):
-        """Fill the rows with `samples` copies of each of the other's."""
-        n = other.longest
-        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
-            mine[..., :n, :] = theirs[..., :n, :].repeat_interleave(samples, dim=1)
-        self.lengths = other.lengths.repeat_interleave(samples)
-        self.longest = n
-
-    def drop(self, done):
-        """Forget the rows marked in `done` (B,) bool; returns the old index of each row kept.
-
-        The last rows move into the gaps, so a finished row costs one row's copy and the others stay in place.
-        """
-        order = torch.arange(len(done), device=done.device)
-        kept = int((~done).sum())
-        gaps = order[:kept][done[:kept]]
-        movers = order[kept:][~done[kept:]]
-        for store in (self.k, self.v):
-            store[:, gaps] = store[:, movers]
-        order[gaps] = movers
-        order = order[:kept]
-        self.lengths = self.lengths[order]
-        return order
-
-
-@torch.no_grad()
-def prefill(model: LM, prompts, prefix: KVCache | None = None):
-    """Run right-padded prompts through the model once: (their cache, logits after each prompt (Q, vocab))."""
-    lengths = [len(p) for p in prompts]
-    start = prefix.longest if prefix else 0
-    cache = KVCache(model, len(prompts), start + max(lengths))
-    if prefix:
-        cache.copy_from(prefix, len(prompts))
-    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(padded, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
-    states = model.hidden(padded.to(model.device), cache)
-    cache.set_lengths([start + n for n in lengths])
-    last = torch.tensor(lengths, device=model.device) - 1
-    return cache, model.head(states[torch.arange(len(prompts), device=model.device), last])
-
-
-@torch.no_grad()
-def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, top_p=1.0, generator=None,
-             prefix=None, logprobs=False, on_step=None):
-    """Sample `samples` responses to each prompt: len(prompts) * samples lists of ids, question-major.
-
-    A finished response ends with its stop token; one without was cut at max_tokens. temperature 0 is greedy.
-    `prefix` is a one-row cache of tokens that stand before every prompt. With logprobs=True also returns the
-    model's own log-probabilities (temperature 1, no top-p) of the sampled tokens. `on_step(rows, tokens)` sees
-    every step. Raises ValueError on an empty prompt or one that does not fit the context with max_tokens.
-    """
-    if not prompts:
-        return ([], []) if logprobs else []
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
-    room = model.config.max_seq_len - max_tokens - (prefix.longest if prefix else 0)
-    if not all(0 < len(p) <= room for p in prompts):
-        raise ValueError(f"prompts must have 1 to {room} tokens: the context is {model.config.max_seq_len}, "
-                         f"of which {max_tokens} are for the response")
-    n = len(prompts) * samples
-    # Each response has its own stream of random numbers, so it does not depend on when its neighbours finish.
-    uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator and generator.device)  # (0, 1]
-    uniform = uniform.to(model.device)
-    stop_ids = torch.tensor(sorted(stop), device=model.device)
-    prompt_cache, logits = prefill(model, prompts, prefix)
-    cache = KVCache(model, n, prompt_cache.longest + max_tokens)
-    cache.copy_from(prompt_cache, samples)
-    logits = logits.repeat_interleave(samples, dim=0)  # (n, V)
-
-    tokens_out = torch.zeros(n, max_tokens, dtype=torch.int64, device=model.device)
-    logprobs_out = torch.zeros(n, max_tokens, device=model.device)
-    lengths = torch.full((n,), max_tokens, device=model.device)
-    rows = torch.arange(n, device=model.device)  # the response each cache row is writing
-    for t in range(max_tokens):
-        tokens, logp = sample(logits, uniform[rows, t], temperature, top_p)
-        tokens_out[rows, t], logprobs_out[rows, t] = tokens, logp
-        if on_step:
-            on_step(rows, tokens)
-        done = torch.isin(tokens, stop_ids)
-        lengths[rows[done]] = t + 1
-        if done.all() or t + 1 == max_tokens:
-            break
-        if done.any():
-            order = cache.drop(done)
-            rows, tokens = rows[order], tokens[order]
-        logits = model(tokens[:, None], cache)[:, -1]
-    responses = [row[:n] for row, n in zip(tokens_out.tolist(), lengths.tolist())]
-    if logprobs:
-        return responses, [row[:n] for row, n in zip(logprobs_out.tolist(), lengths.tolist())]
-    return responses
-
-
-def sample(logits, uniform, temperature, top_p):
-    """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
-    logprobs = logits.float().log_softmax(-1)
-    if temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        probs = (logprobs / temperature).softmax(-1)
-        if top_p < 1:
-            ranked, order = probs.sort(-1, descending=True)
-            beyond = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p stays
-            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        cdf = probs.cumsum(-1)
-        # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
-        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
-        tokens = tokens.clamp(max=probs.shape[-1] - 1)  # NaN logits would point past the end
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from config import Config
+from grpo import slice_size
 from model import LM, ModelConfig
 from weights import read_config
 
@@ -27,11 +28,14 @@ class Sizes:
     teacher: ModelConfig | None
     dtype: torch.dtype
     processes: int = 1
+    self_taught: bool = False  # the teacher is the initial policy, and so the KL term's reference too
+    device: str = "cpu"
 
     @classmethod
-    def read(cls, student_path, teacher_path, dtype, processes=1) -> "Sizes":
+    def read(cls, student_path, teacher_path, dtype, processes=1, device="cpu") -> "Sizes":
         student = ModelConfig(**read_config(student_path)[0])
-        return cls(student, teacher_path and ModelConfig(**read_config(teacher_path)[0]), dtype, processes)
+        teacher = teacher_path and ModelConfig(**read_config(teacher_path)[0])
+        return cls(student, teacher, dtype, processes, student_path == teacher_path and processes == 1, device)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -51,7 +55,7 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     parts = {"weights": n * item, "optimiser": n * (12 if half else 8)}  # two moments, and the master copy if there is one
     if N > 1:
         parts = {"weights": 4 * n // N, "optimiser": 8 * n // N, "weights in one piece": n * item}
-    if config.kl_coef:
+    if config.kl_coef and not sizes.self_taught:
         parts["reference"] = n * item
     if sizes.teacher:
         parts["teacher"] = parameters(sizes.teacher) * item
@@ -59,7 +63,8 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     questions = min(config.questions, -(-config.rows // config.samples))
     parts["sampling"] = generation(student, config.rows, config.max_prompt, config.max_tokens, item, questions)
     tokens = max(config.micro_batch, sequence)
-    parts["update"] = 4 * n // N + tokens * token_bytes(config, student, item)
+    logits = 12 * tokens * slice_size(tokens, sizes.device)  # float32 scores, their exponentials, what became of either
+    parts["update"] = 4 * n // N + tokens * token_bytes(config, student, item) + logits
     return parts
 
 
@@ -79,10 +84,9 @@ def block_bytes(model, item) -> int:
 
 def token_bytes(config: Config, model, item) -> int:
     """What the update keeps of one token until the backward pass is through."""
-    blocks = model.n_layers * block_bytes(model, item)
     if config.recompute:
-        blocks = model.n_layers * model.dim * item + 2 * block_bytes(model, item)  # a block's values and their gradients
-    return blocks + 12 * model.vocab_size  # float32 logits, their log-softmax, and the gradient
+        return model.n_layers * model.dim * item + 2 * block_bytes(model, item)  # a block's values and their gradients
+    return model.n_layers * block_bytes(model, item)
 
 
 def peak(parts: dict[str, int]) -> int:

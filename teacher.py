@@ -116,15 +116,15 @@ class Teacher:
         replies: list[Feedback | None] = [None] * len(prompts)
         fitting = [i for i, p in enumerate(prompts) if len(p) <= self.max_prompt]
         self.dropped += len(prompts) - len(fitting)
-        for start in range(0, len(fitting), self.rows):
-            batch = fitting[start : start + self.rows]
-            shared = min(common_prefix(self.prefix_ids, prompts[i][:-1]) for i in batch)
-            if shared:
-                self.prefix.set_lengths([shared])
-            texts = generate(self.model, [prompts[i][shared:] for i in batch], max_tokens=self.max_tokens,
-                             stop=self.tokenizer.stop, temperature=0, prefix=self.prefix if shared else None)
-            for i, ids in zip(batch, texts):
-                replies[i] = self.parse(ids)
+        if not fitting:
+            return replies
+        shared = min(common_prefix(self.prefix_ids, prompts[i][:-1]) for i in fitting)
+        if shared:
+            self.prefix.set_lengths([shared])
+        texts = generate(self.model, [prompts[i][shared:] for i in fitting], max_tokens=self.max_tokens, rows=self.rows,
+                         stop=self.tokenizer.stop, temperature=0, prefix=self.prefix if shared else None)
+        for i, ids in zip(fitting, texts):
+            replies[i] = self.parse(ids)
         return replies
 
     def parse(self, ids: list[int]) -> Feedback | None:

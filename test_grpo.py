@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo import (MasterAdamW, Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio, shaping_coefficient, snapshot,
-                  token_logprobs, update)
+from grpo import (HeadLogprobs, MasterAdamW, Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio,
+                  shaping_coefficient, snapshot, token_logprobs, update)
 from model import LM, ModelConfig, generate
 
 PROPERTY = settings(max_examples=100, deadline=None)
@@ -339,9 +339,9 @@ def test_published_1_without_guards_a_good_token_is_pushed_down():
 # ------------------------------------------------------------------ log-probabilities and batches
 
 
-def tiny_model(seed=0, dtype=torch.float32):
+def tiny_model(seed=0, dtype=torch.float32, **more):
     torch.manual_seed(seed)
-    return LM(ModelConfig(vocab_size=11, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24)).to(dtype)
+    return LM(ModelConfig(vocab_size=11, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24, **more)).to(dtype)
 
 
 def ragged_rollouts(model, seed=0, n=6):
@@ -387,6 +387,48 @@ def test_only_the_asked_positions_get_logprobs():
     logprobs, full = token_logprobs(model, tokens, where), token_logprobs(model, tokens)
     torch.testing.assert_close(logprobs[where], full[where])
     assert (logprobs[~where] == 0).all()
+
+
+def full_logits_logprobs(states, weight, targets):
+    logits = states @ weight.T
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), torch.distributions.Categorical(logits=logits).entropy()
+
+
+@pytest.mark.parametrize("vocabulary", (11, 512, 1300))  # less than one slice, exactly one, three of which the last is short
+@pytest.mark.parametrize("size", (0.1, 1.0, 30.0))  # logits all alike, ordinary, hundreds apart
+def test_the_sliced_head_is_the_full_one_in_value_and_gradient(vocabulary, size):
+    states, weight = torch.randn(2**13, 16) * size, torch.randn(vocabulary, 16)  # so many states that a slice is 512
+    targets, upstream = torch.randint(vocabulary, (2**13,)), torch.randn(2**13) / 2**13
+    targets[:3] = torch.tensor([0, vocabulary - 1, min(512, vocabulary - 1)])
+    outcomes = []
+    for function, dtype in ((full_logits_logprobs, torch.float64), (lambda *given: HeadLogprobs.apply(*given, None), torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in (states, weight)]
+        logprobs, entropy = function(*leaves, targets)
+        outcomes.append((logprobs, entropy, *torch.autograd.grad((logprobs * upstream).sum(), leaves)))
+    for expected, found in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5 * max(1.0, size))
+
+
+def test_the_heads_gradient_may_be_added_to_a_buffer_instead():
+    states, weight, targets = torch.randn(5, 4, requires_grad=True), torch.randn(600, 4, requires_grad=True), torch.arange(5) * 140
+    HeadLogprobs.apply(states, weight, targets, None)[0].sum().backward()
+    expected, weight.grad = weight.grad, torch.ones(600, 4)
+    HeadLogprobs.apply(states, weight, targets, weight.grad)[0].sum().backward()
+    torch.testing.assert_close(weight.grad, expected + 1)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("recompute_from", (0, 2**40))
+def test_token_logprobs_have_the_gradient_of_the_full_logits(tied, recompute_from, monkeypatch):
+    monkeypatch.setattr("model.RECOMPUTE_FROM", recompute_from)
+    model, tokens = tiny_model(tie_embeddings=tied), torch.randint(11, (3, 7))
+    upstream = torch.randn(3, 6)
+    gradients = []
+    for logprobs in (token_logprobs(model, tokens),
+                     model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)):
+        gradients.append(torch.autograd.grad((logprobs * upstream).sum(), list(model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_token_logprobs_of_a_bfloat16_model_are_float32():
@@ -447,10 +489,11 @@ def assert_same(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("guided_tokens", ("guidance", "trajectory"))
 @pytest.mark.parametrize("micro_batch", (1, 30, 10**6))
-def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(micro_batch, guided_tokens):
-    model = tiny_model()
+def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(micro_batch, guided_tokens, tied):
+    model = tiny_model(tie_embeddings=tied)
     rollouts = ragged_rollouts(model)
     found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, guided_tokens=guided_tokens)
     assert_same(found, reference_gradient(model, rollouts, guided_tokens))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import sampler
 import weights
 from model import LM, KVCache, ModelConfig, generate, prefill, sample
 
@@ -83,8 +84,8 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(lengths, chunks, 
     here = torch.tensor(lengths)
     each = torch.arange(len(lengths))
     assert_close(logits, expected[each, here - 1])
-    cache = KVCache(model, len(lengths), shared + max(lengths) + sum(chunks))
-    cache.copy_from(filled)
+    cache = KVCache(model, len(lengths), max(lengths) + sum(chunks), prefix)
+    cache.fill(0, filled, range(len(lengths)))
     for n in chunks:
         columns = here[:, None] + torch.arange(n)
         with torch.no_grad():
@@ -106,7 +107,7 @@ def test_rows_that_stay_keep_their_own_keys_and_lengths():
     prompts = prompts_of(5, 2, 8, 3, 6)
     filled, _ = prefill(MODEL, prompts)
     cache = KVCache(MODEL, 5, 9)
-    cache.copy_from(filled)
+    cache.fill(0, filled, range(5))
     kept = cache.drop(torch.tensor([True, False, True, False, False])).tolist()
     assert sorted(kept) == [1, 3, 4]
     with torch.no_grad():
@@ -162,6 +163,63 @@ def test_a_prompt_is_computed_once_for_all_samples_and_finished_rows_leave_the_b
     running = [sum(len(r) > t for r in responses) for t in range(1, 12)]  # samples that need a token t
     assert len(set(running)) > 2  # rows leave at different steps
     assert shapes == [(2, 9)] + [(n, 1) for n in running if n]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 5, 11, 100))
+def test_results_do_not_depend_on_how_many_rows_there_are_nor_on_which_one_a_response_takes(rows, monkeypatch):
+    prompts = prompts_of(3, 9, 1, 6)
+    options = dict(max_tokens=12, stop=STOP, samples=6, logprobs=True)
+    expected, expected_logs = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
+    assert {1, 12} <= set(map(len, expected))
+    shapes = record_shapes(monkeypatch)
+    found, logs = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), rows=rows, **options)
+    assert found == expected
+    for a, b in zip(logs, expected_logs, strict=True):
+        assert_close(torch.tensor(a), torch.tensor(b))
+    assert max(B for B, T in shapes if T == 1) <= rows
+    assert sum(B for B, T in shapes if T > 1) in (3, 4)  # a prompt once for all its samples; the one of 1 token may pass alone
+
+
+def test_a_place_that_becomes_free_is_taken(monkeypatch):
+    shapes = record_shapes(monkeypatch)
+    responses = generate(MODEL, prompts_of(3), max_tokens=12, stop=STOP, samples=40, rows=4, generator=torch.Generator().manual_seed(0))
+    steps = [B for B, T in shapes if T == 1]
+    assert sum(steps) == sum(len(r) - 1 for r in responses)  # no row runs that is not asked for
+    last_entry = max(i for i, B in enumerate(steps) if B == 4)
+    assert all(B == 4 for B in steps[:last_entry])  # all are in use until none is waiting
+
+
+def test_what_all_prompts_begin_with_is_computed_once(monkeypatch):
+    head, tails = prompts_of(40)[0], prompts_of(3, 8, 1, seed=5)
+    prompts, options = [head + tail for tail in tails], dict(max_tokens=10, stop=STOP, samples=4)
+    expected = [argmax_loop(p, 10) for p in prompts]
+    shapes = record_shapes(monkeypatch)
+    assert generate(MODEL, prompts, temperature=0, max_tokens=10, stop=STOP) == expected
+    assert shapes[:2] == [(1, 40), (3, 8)]
+    monkeypatch.setattr("sampler.SHARE_FROM", 99)
+    apart = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
+    monkeypatch.setattr("sampler.SHARE_FROM", 1)
+    assert generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options) == apart
+
+
+@pytest.mark.parametrize("prompts, shared", [([[1, 2, 3]], 0), ([[1, 2, 3], [1, 2, 4], [1, 2]], 1), ([[1, 2, 3]] * 2, 2),
+                                             ([[1, 2], [2, 2]], 0), ([[1], [1, 2]], 0), ([[5, 6, 7, 1], [5, 6, 7, 9], [5, 6, 8]], 2)])
+def test_the_common_prefix_leaves_every_prompt_a_token(prompts, shared):
+    assert sampler.common_prefix(prompts) == shared
+
+
+@pytest.mark.parametrize("groups", (1, 3))
+def test_attention_to_a_shared_prefix_and_to_a_rows_own_is_attention_to_both(groups):
+    B, K, E, P, S = 3, 2, 8, 7, 5
+    q, (prefix_k, prefix_v) = torch.randn(B, K, groups, E), torch.randn(2, K, P, E)
+    k, v = torch.randn(2, B, K, S, E)
+    visible = torch.arange(S) < torch.tensor([[1], [5], [3]])  # (B, S)
+    found = sampler.attend_to_both(q, prefix_k, prefix_v, k, v, torch.zeros(B, 1, 1, S).masked_fill(~visible[:, None, None], -torch.inf))
+    for b in range(B):
+        n = visible[b].sum()
+        keys, values = torch.cat((prefix_k, k[b, :, :n]), 1), torch.cat((prefix_v, v[b, :, :n]), 1)
+        scores = (q[b].double() @ keys.double().transpose(1, 2) / math.sqrt(E)).softmax(-1)
+        assert_close(found[b], (scores @ values.double()).float())
 
 
 def test_generation_ends_with_its_last_row(monkeypatch):

@@ -52,10 +52,10 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     config.check()
     published = config.published_items
     student.recompute = config.recompute
-    reference = copy.deepcopy(student).requires_grad_(False) if config.kl_coef else None
+    reference = initial_policy(student, teacher) if config.kl_coef else None
     world.shard(student)
     optimizer = MasterAdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                            weight_decay=config.weight_decay)
+                            weight_decay=config.weight_decay, fused=True)
     steps = config.steps or max(1, len(problems) // config.questions)
     done, history = run.restore(student, optimizer) if run else (0, [])
     with interruptible() as interrupted:
@@ -107,6 +107,15 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     return history
 
 
+def initial_policy(student, teacher):
+    """A frozen copy of the student as it is: the teacher's model itself where that has the same weights."""
+    if teacher is not None:
+        ours, theirs = student.state_dict(), teacher.model.state_dict()
+        if ours.keys() == theirs.keys() and all(x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items()):
+            return teacher.model
+    return copy.deepcopy(student).requires_grad_(False)
+
+
 def tell_if_mute(teacher, history):
     """A teacher of whom hardly anything is understood teaches nothing: say so, with its parse rate."""
     asked, parsed = (sum(m[key] for m in history) for key in ("teacher_asked", "teacher_parsed"))
@@ -138,17 +147,6 @@ def student_prompt(tokenizer, question: str) -> list[int]:
     return tokenizer.render([{"role": "user", "content": content}])
 
 
-def sample_responses(model, prompts, rows, **options):
-    """`generate` in slices of at most `rows` responses: lists of responses and log-probs, question-major."""
-    per_slice = max(1, rows // options.get("samples", 1))
-    responses, logprobs = [], []
-    for start in range(0, len(prompts), per_slice):
-        ids, logs = generate(model, prompts[start : start + per_slice], logprobs=True, **options)
-        responses += ids
-        logprobs += logs
-    return responses, logprobs
-
-
 def spoken(tokenizer, ids: list[int]) -> str:
     """The text of a response, without the stop token that ends a finished one."""
     return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids)
@@ -157,8 +155,8 @@ def spoken(tokenizer, ids: list[int]) -> str:
 def sample_rollouts(student, tokenizer, batch, config, generator) -> list[Rollout]:
     """Step 1: G responses to each question, temperature 1, with log π_old of what was sampled."""
     prompts = [student_prompt(tokenizer, p.question) for p in batch]
-    responses, logprobs = sample_responses(student, prompts, config.rows, max_tokens=config.max_tokens, stop=tokenizer.stop,
-                                           samples=config.samples, temperature=config.temperature, generator=generator)
+    responses, logprobs = generate(student, prompts, max_tokens=config.max_tokens, stop=tokenizer.stop, samples=config.samples,
+                                   temperature=config.temperature, generator=generator, rows=config.rows, logprobs=True)
     return [Rollout(prompts[i // config.samples], ids, finished=ids[-1] in tokenizer.stop, old_logprobs=logs,
                     question=batch[i // config.samples].question, answer=batch[i // config.samples].answer,
                     text=spoken(tokenizer, ids))
@@ -192,8 +190,8 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
              world=World()):
     """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
     prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
-    responses, _ = sample_responses(world.whole(model), prompts, rows, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples,
-                                    temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    responses = generate(world.whole(model), prompts, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples, rows=rows,
+                         temperature=temperature, generator=torch.Generator().manual_seed(seed))
     responses = world.gather(responses)
     records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
     scores = score(records, samples, equal)

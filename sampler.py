@@ -1,0 +1,306 @@
+"""The sampler and its KV cache: prompts in, sampled responses out.
+
+A prompt is computed once for all its samples, and what all prompts begin with once for all of them. Rows whose response
+has ended leave the batch, and waiting responses take their places. A step changes nothing but tensors that are there
+already, so that on a GPU it is recorded once as a CUDA graph and then replayed.
+
+Shapes: B rows, T tokens, H query heads, K key/value heads, G = H / K, E head width, S positions of a row, P of a shared prefix.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
+BLOCK = 16  # steps between two looks at which rows are done, where looking makes the host wait for a GPU
+WINDOW = 512  # a recorded step reads a multiple of so many positions
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, top_p=1.0, generator=None,
+             prefix=None, rows=None, logprobs=False, on_step=None):
+    """Sample `samples` responses to each prompt: len(prompts) * samples lists of ids, question-major.
+
+    A finished response ends with its stop token; one without was cut at max_tokens. temperature 0 is greedy.
+    At most `rows` responses (default: all) are sampled side by side; where one ends, a waiting one takes its place.
+    `prefix` is a one-row cache of tokens that stand before every prompt. With logprobs=True also returns the
+    model's own log-probabilities (temperature 1, no top-p) of the sampled tokens. `on_step(responses, tokens)` sees
+    every step. Raises ValueError on an empty prompt or one that does not fit the context with max_tokens.
+    """
+    if not prompts:
+        return ([], []) if logprobs else []
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
+    room = model.config.max_seq_len - max_tokens - (prefix.longest if prefix else 0)
+    if not all(0 < len(p) <= room for p in prompts):
+        raise ValueError(f"prompts must have 1 to {room} tokens: the context is {model.config.max_seq_len}, "
+                         f"of which {max_tokens} are for the response")
+    n, device = len(prompts) * samples, model.device
+    # Token t of response i is drawn with the number at (i, t), in whichever row and whenever that happens: so a response
+    # depends neither on its neighbours nor on when they end. Line n is for rows that write no response.
+    uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator and generator.device)  # (0, 1]
+    uniform = F.pad(uniform, (0, 0, 0, 1), value=1.0).to(device)
+    shared = common_prefix(prompts)
+    if prefix is None and shared >= SHARE_FROM:
+        prefix, _ = prefill(model, [prompts[0][:shared]])
+        prompts = [p[shared:] for p in prompts]
+    cache = KVCache(model, min(rows or n, n), max(map(len, prompts)) + max_tokens + BLOCK, prefix)
+    is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+    is_stop[list(stop)] = True
+    writing = Writing(model, cache, uniform, is_stop, temperature, top_p, on_step)
+    writing.run(Waiting(model, prompts, samples, prefix))
+
+    ended = is_stop[writing.tokens_out]
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_tokens).tolist()[:n]
+    responses = [row[:length] for row, length in zip(writing.tokens_out.tolist(), lengths)]
+    if logprobs:
+        return responses, [row[:length] for row, length in zip(writing.logprobs_out.tolist(), lengths)]
+    return responses
+
+
+class Writing:
+    """Rows at work: row b writes response response[b], whose newest token tokens[b] stands at t[b]; done[b] once it has ended."""
+
+    def __init__(self, model, cache, uniform, is_stop, temperature, top_p, on_step):
+        self.model, self.cache, self.uniform, self.is_stop = model, cache, uniform, is_stop
+        self.temperature, self.top_p, self.on_step = temperature, top_p, on_step
+        self.none = len(uniform) - 1
+        self.tokens_out = torch.zeros(uniform.shape, dtype=torch.int64, device=uniform.device)
+        self.logprobs_out = torch.zeros_like(uniform)
+        rows = len(cache.lengths)
+        self.response = torch.full((rows,), self.none, device=uniform.device)
+        self.t, self.tokens = torch.zeros_like(self.response), torch.zeros_like(self.response)
+        self.done = torch.ones_like(self.response, dtype=torch.bool)
+        self.recorded = {}  # (rows, positions read) -> CUDA graph
+        self.pool = None
+
+    def run(self, waiting):
+        """Write until no response is left."""
+        rows, active = len(self.response), 0
+        while waiting.count or active:
+            free = rows - active
+            if waiting.count and (8 * free >= rows or not active):  # a pass over a single prompt costs a whole step
+                new, logits = waiting.enter(self.cache, active, free)
+                here = slice(active, active + len(new))
+                self.response[here], self.t[here], self.done[here] = new, 0, False
+                self.draw(here, logits)
+                active += len(new)
+            elif self.model.device.type == "cuda" and self.model.compiled and not self.on_step:
+                self.replay(active)
+            else:
+                self.step(active)
+            if (done := self.done[:active]).any():
+                order = self.cache.drop(done)
+                active = len(order)
+                for state in (self.response, self.t, self.tokens):
+                    state[:active] = state[order]
+                self.done[:active], self.done[active:], self.response[active:] = False, True, self.none
+
+    def step(self, B):
+        """One token more in each of the first B rows."""
+        logits = self.model(self.tokens[:B, None], self.cache)[:, -1]
+        self.t[:B] += ~self.done[:B]
+        self.draw(slice(0, B), logits)
+
+    def draw(self, here, logits):
+        response, t = self.response[here], self.t[here]
+        tokens, logp = sample(logits, self.uniform[response, t], self.temperature, self.top_p)
+        self.tokens_out[response, t], self.logprobs_out[response, t] = tokens, logp
+        if self.on_step:
+            self.on_step(response, tokens)
+        self.tokens[here] = tokens
+        self.done[here] |= self.is_stop[tokens] | (t + 1 == self.uniform.shape[1])
+        self.response[here] = torch.where(self.done[here], self.none, response)  # until it leaves it writes nothing more
+
+    def replay(self, active):
+        """BLOCK steps as CUDA graphs, in one of few shapes: the rows halved until they just hold the active ones."""
+        B = len(self.response)
+        while B // 2 >= max(active, 8):
+            B //= 2
+        self.cache.lengths[active:] = 0
+        self.cache.longest += BLOCK
+        self.cache.window = min(-(-self.cache.longest // WINDOW) * WINDOW, self.cache.k.shape[3])
+        left, key = BLOCK, (B, self.cache.window)
+        if key not in self.recorded:
+            self.step(B)  # not recorded: the libraries set themselves up
+            left -= 1
+            self.recorded[key] = torch.cuda.CUDAGraph()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(self.recorded[key], pool=self.pool):
+                self.step(B)
+            self.model.recordings += 1
+        for _ in range(left):
+            self.recorded[key].replay()
+        self.cache.window = None
+
+
+class Waiting:
+    """The responses that have no row yet, in order.
+
+    A prompt is computed once, together with the others that enter with it, and kept until the last of its samples has entered.
+    """
+
+    def __init__(self, model, prompts, samples, prefix):
+        self.model, self.prompts, self.samples, self.prefix = model, prompts, samples, prefix
+        self.count = len(prompts) * samples
+        self.ready = {}  # prompt -> the cache it is in, its row there, the logits after it
+
+    def enter(self, cache, first, most):
+        """Put up to `most` responses into the rows from `first` on: their numbers (B,) and the logits after their prompts."""
+        start = len(self.prompts) * self.samples - self.count
+        new = range(start, start + min(most, self.count))
+        asked = [i // self.samples for i in new]
+        if missing := sorted(set(asked) - self.ready.keys()):
+            source, logits = prefill(self.model, [self.prompts[p] for p in missing], self.prefix)
+            self.ready |= {p: (source, row, logits[row]) for row, p in enumerate(missing)}
+        for source, group in groupby(asked, key=lambda p: self.ready[p][0]):
+            source_rows = [self.ready[p][1] for p in group]
+            cache.fill(first, source, source_rows)
+            first += len(source_rows)
+        logits = torch.stack([self.ready[p][2] for p in asked])
+        self.count -= len(new)
+        self.ready = {p: kept for p, kept in self.ready.items() if (p + 1) * self.samples > new.stop}
+        return torch.tensor(new, device=logits.device), logits
+
+
+@torch.no_grad()
+def prefill(model, prompts, prefix: KVCache | None = None):
+    """Run right-padded prompts through the model once: (their cache, logits after each prompt (Q, vocab))."""
+    lengths = [len(p) for p in prompts]
+    cache = KVCache(model, len(prompts), max(lengths), prefix)
+    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    states = model.hidden(padded.to(model.device), cache)
+    cache.set_lengths(lengths)
+    last = torch.tensor(lengths, device=model.device) - 1
+    return cache, model.head(states[torch.arange(len(prompts), device=model.device), last])
+
+
+def common_prefix(prompts) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
+    low, high = min(prompts), max(prompts)  # whatever these two share, all that sort between them share
+    alike = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return min(alike, *(len(p) - 1 for p in prompts)) if len(prompts) > 1 else 0
+
+
+class KVCache:
+    """Keys and values of up to `rows` rows and `max_len` positions, allocated once: a step writes its own and moves nothing.
+
+    Row b holds `lengths[b]` valid positions; what lies behind them is masked and overwritten, so a right-padded prompt
+    is written whole and `lengths` then set back to its true length. `prefix`, a cache of one row, holds the positions
+    before every row's first: they are there once, and in a decoding step they are read once for all rows.
+    """
+
+    def __init__(self, model, rows: int, max_len: int, prefix: KVCache | None = None):
+        c = model.config
+        weight = model.embed.weight
+        shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.longest = 0  # no row is longer: known here without asking the device
+        self.window = None  # positions that a recorded step reads; who sets it keeps `longest` too
+        self.prefix, self.offset = prefix, prefix.longest if prefix else 0
+
+    def reserve(self, B, T):
+        """Claim T positions in each of the first B rows: their positions (B, T) in the text and the mask `attend` wants."""
+        if self.window is None:
+            if self.longest + T > self.k.shape[3]:
+                raise ValueError(f"the KV cache holds {self.k.shape[3]} positions, {self.longest + T} are needed")
+            self.longest += T
+        self.read = self.window or self.longest  # S
+        self.at = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)  # (B, T), within the row
+        self.lengths[:B] += T
+        if self.read == T and not self.offset:
+            return self.at, None  # plain causal attention
+        visible = torch.arange(self.read, device=self.at.device) <= self.at[..., None]  # (B, T, S)
+        if T > 1:
+            visible = F.pad(visible, (self.offset, 0), value=True)  # (B, T, P + S)
+        mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)  # what SDPA makes of it every time
+        return self.at + self.offset, mask[:, None]
+
+    def attend(self, layer, q, k, v, mask):
+        """Store a layer's new k, v (B, K, T, E) and attend from q (B, H, T, E) to all that its rows hold: (B, H, T, E)."""
+        B, H, T, E = q.shape
+        rows = torch.arange(B, device=q.device)[:, None]
+        self.k[layer][rows, :, self.at] = k.transpose(1, 2)
+        self.v[layer][rows, :, self.at] = v.transpose(1, 2)
+        k, v = self.k[layer, :B, :, : self.read], self.v[layer, :B, :, : self.read]
+        if self.offset:
+            prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
+        if T > 1:
+            if self.offset:
+                k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        q = q.reshape(B, k.shape[1], -1, E)  # (B, K, G, E): a group's heads as if they were times, so k and v stay single
+        if self.offset:
+            y = attend_to_both(q, prefix_k, prefix_v, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+        return y.reshape(B, H, 1, E)
+
+    def set_lengths(self, lengths):
+        """Cut rows back to their true lengths (a list of int, one a row)."""
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+        self.longest = max(lengths)
+
+    def fill(self, first, other: KVCache, rows):
+        """Copy `rows` (a list) of another cache into the rows from `first` on."""
+        n, here = other.longest, slice(first, first + len(rows))
+        self.k[:, here, :, :n], self.v[:, here, :, :n] = other.k[:, rows, :, :n], other.v[:, rows, :, :n]
+        self.lengths[here] = other.lengths[rows]
+        self.longest = max(self.longest, n)
+
+    def drop(self, done):
+        """Of the first B rows forget those marked in `done` (B,) bool; returns the old index of each row kept.
+
+        The last rows move into the gaps, so a finished row costs one row's copy and the others stay in place.
+        """
+        order = torch.arange(len(done), device=done.device)
+        kept = int((~done).sum())
+        gaps = order[:kept][done[:kept]]
+        movers = order[kept:][~done[kept:]]
+        for store in (self.k, self.v):
+            store[:, gaps, :, : self.longest] = store[:, movers, :, : self.longest]
+        order[gaps] = movers
+        order = order[:kept]
+        self.lengths[:kept] = self.lengths[order]
+        self.longest = int(self.lengths[:kept].max()) if kept else 0
+        return order
+
+
+def attend_to_both(q, prefix_k, prefix_v, k, v, mask):
+    """Attention from q (B, K, G, E) to a prefix that all rows share (K, P, E) and to each row's own k, v (B, K, S, E).
+
+    One softmax over the scores of both; the prefix is one matrix product for all rows, not one for each.
+    """
+    B, K, G, E = q.shape
+    q = q * E**-0.5
+    together = q.transpose(0, 1).reshape(K, B * G, E)
+    to_prefix = (together @ prefix_k.transpose(1, 2)).view(K, B, G, -1).transpose(0, 1)  # (B, K, G, P)
+    to_own = (q @ k.transpose(2, 3)) + mask  # (B, K, G, S)
+    weights = torch.cat((to_prefix, to_own), dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    on_prefix, on_own = weights.split([prefix_k.shape[1], k.shape[2]], dim=-1)
+    y = on_prefix.transpose(0, 1).reshape(K, B * G, -1) @ prefix_v
+    return y.view(K, B, G, E).transpose(0, 1) + on_own @ v
+
+
+def sample(logits, uniform, temperature, top_p):
+    """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        if top_p < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            beyond = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p stays
+            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        cdf = probs.cumsum(-1)
+        # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
+        tokens = tokens.clamp(max=probs.shape[-1] - 1)  # NaN logits would point past the end
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
