@@ -290,17 +290,20 @@ def attend_to_both(q, prefix_k, prefix_v, k, v, mask):
 
 def sample(logits, uniform, temperature, top_p):
     """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
-    logits = logits.float()
+    logits = logits.float().contiguous()
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()  # the softmax, but for its denominator
+    log_z = top + weights.sum(-1, keepdim=True).log()
     if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        if temperature != 1:
+            weights = ((logits - top) / temperature).exp_()
         if top_p < 1:
-            ranked, order = probs.sort(-1, descending=True)
-            beyond = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p stays
-            probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        cdf = probs.cumsum(-1)
+            ranked, order = weights.sort(-1, descending=True)
+            beyond = ranked.cumsum(-1) - ranked >= top_p * weights.sum(-1, keepdim=True)  # the token that crosses top_p stays
+            weights = weights.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        cdf = weights.cumsum(-1)
         # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
-        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(-1)
-        tokens = tokens.clamp(max=probs.shape[-1] - 1)  # NaN logits would point past the end
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).clamp(max=weights.shape[-1] - 1)  # past the end: NaN logits
+    return tokens.squeeze(-1), (logits.gather(-1, tokens) - log_z).squeeze(-1)
