@@ -98,6 +98,8 @@ def prepare_train(args):
         report.write_report(out)
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
         print(f"{len(history)} steps -> {out}/model  {summary}")
+        if args.verbose:
+            print(f"decoding steps recorded: {trained.recordings} of the student, {teacher.model.recordings if teacher else 0} of the teacher")
 
     return job
 
@@ -105,11 +107,14 @@ def prepare_train(args):
 def device_and_dtype(args):
     import torch
 
+    from model import LM
+
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    LM.compiled = args.compile == "auto"
     if args.dtype == "auto":
         args.dtype = "float32" if device == "cpu" else "bfloat16"
     return device, getattr(torch, args.dtype)
@@ -241,12 +246,16 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="of the weights in memory; training bfloat16 keeps a float32 master copy (float32 on a cpu, else bfloat16)")
 
+    common.add_argument("--compile", default="auto", choices=("auto", "off"),
+                        help="auto: on a GPU, decoding steps are recorded as CUDA graphs (auto)")
+
     t = commands.add_parser("train", parents=[common], help="train a model directory on problems")
     t.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file of questions and answers")
     t.add_argument("--eval-data", help="problems to evaluate on, likewise")
     t.add_argument("--teacher", help="another model directory for the teacher (the student's initial weights)")
     t.add_argument("--out", help="run directory (out/METHOD-SEED)")
     t.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint, if there is one")
+    t.add_argument("--verbose", action="store_true", help="say how many decoding steps were recorded")
     t.add_argument("--preset", default="paper", choices=("paper", "demo"), help="where the settings below start from")
     t.set_defaults(prepare=prepare_train)
     add_config_flags(t)

@@ -3,6 +3,12 @@
 One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
 SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
 
+On a GPU nothing is compiled by Triton, and it need not be there. A decoding step reads every weight once and computes little, so
+what fusion could save is small beside the weights' own traffic; what costs is launching hundreds of kernels a token. The sampler
+therefore records a whole step as a CUDA graph (sampler.Writing.steps) of PyTorch's own kernels: cuBLAS products, fused
+attention, RMSNorm. An update's kernels are large and few, and run as they are. Both trace as one graph (torch.compile with
+fullgraph, in the tests), so a compiler can be put around either.
+
 Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E head width, S cached positions.
 """
 
@@ -44,6 +50,8 @@ class ModelConfig:
 
 
 class LM(nn.Module):
+    compiled = True  # decoding steps on a GPU are recorded as CUDA graphs; self.recordings counts them
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -57,7 +65,7 @@ class LM(nn.Module):
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
         self.recompute = False  # activation checkpointing: the backward pass computes each block again instead of keeping it
-        self.compiled, self.recordings = True, 0  # on a GPU decoding steps are recorded as CUDA graphs; how many were
+        self.recordings = 0
         self.source: dict | None = None  # the config.json it was loaded from, and the files beside it: save writes them back
         self.companions: dict[str, bytes] = {}
 

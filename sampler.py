@@ -9,14 +9,16 @@ Shapes: B rows, T tokens, H query heads, K key/value heads, G = H / K, E head wi
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
 SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
-BLOCK = 16  # steps between two looks at which rows are done, where looking makes the host wait for a GPU
-WINDOW = 512  # a recorded step reads a multiple of so many positions
+# Looking which rows are done makes the host wait for a GPU, so there it is done once in so many steps.
+BLOCK = {"cuda": 16}
+WINDOW = 512  # steps of a block read a multiple of so many positions, for few shapes to record
 
 
 @torch.no_grad()
@@ -47,11 +49,12 @@ def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, to
     if prefix is None and shared >= SHARE_FROM:
         prefix, _ = prefill(model, [prompts[0][:shared]])
         prompts = [p[shared:] for p in prompts]
-    cache = KVCache(model, min(rows or n, n), max(map(len, prompts)) + max_tokens + BLOCK, prefix)
+    block = 0 if on_step else BLOCK.get(device.type, 0)
+    cache = KVCache(model, min(rows or n, n), max(map(len, prompts)) + max_tokens + block, prefix)
     is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
     is_stop[list(stop)] = True
     writing = Writing(model, cache, uniform, is_stop, temperature, top_p, on_step)
-    writing.run(Waiting(model, prompts, samples, prefix))
+    writing.run(Waiting(model, prompts, samples, prefix), block)
 
     ended = is_stop[writing.tokens_out]
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_tokens).tolist()[:n]
@@ -77,8 +80,8 @@ class Writing:
         self.recorded = {}  # (rows, positions read) -> CUDA graph
         self.pool = None
 
-    def run(self, waiting):
-        """Write until no response is left."""
+    def run(self, waiting, block=0):
+        """Write until no response is left, looking which are done after every step or `block` of them."""
         rows, active = len(self.response), 0
         while waiting.count or active:
             free = rows - active
@@ -88,8 +91,8 @@ class Writing:
                 self.response[here], self.t[here], self.done[here] = new, 0, False
                 self.draw(here, logits)
                 active += len(new)
-            elif self.model.device.type == "cuda" and self.model.compiled and not self.on_step:
-                self.replay(active)
+            elif block:
+                self.steps(active, block)
             else:
                 self.step(active)
             if (done := self.done[:active]).any():
@@ -115,25 +118,28 @@ class Writing:
         self.done[here] |= self.is_stop[tokens] | (t + 1 == self.uniform.shape[1])
         self.response[here] = torch.where(self.done[here], self.none, response)  # until it leaves it writes nothing more
 
-    def replay(self, active):
-        """BLOCK steps as CUDA graphs, in one of few shapes: the rows halved until they just hold the active ones."""
+    def steps(self, active, count):
+        """`count` steps in one of few shapes: the rows halved until they just hold the active ones. On a GPU recorded and replayed."""
         B = len(self.response)
         while B // 2 >= max(active, 8):
             B //= 2
         self.cache.lengths[active:] = 0
-        self.cache.longest += BLOCK
+        self.cache.longest += count
         self.cache.window = min(-(-self.cache.longest // WINDOW) * WINDOW, self.cache.k.shape[3])
-        left, key = BLOCK, (B, self.cache.window)
-        if key not in self.recorded:
-            self.step(B)  # not recorded: the libraries set themselves up
-            left -= 1
-            self.recorded[key] = torch.cuda.CUDAGraph()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(self.recorded[key], pool=self.pool):
-                self.step(B)
-            self.model.recordings += 1
-        for _ in range(left):
-            self.recorded[key].replay()
+        one_step = partial(self.step, B)
+        if self.model.device.type == "cuda" and self.model.compiled:
+            shape = (B, self.cache.window)
+            if shape not in self.recorded:
+                self.step(B)  # for the libraries to set themselves up, which cannot be recorded
+                count -= 1
+                self.recorded[shape] = graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self.step(B)
+                self.pool = graph.pool()
+                self.model.recordings += 1
+            one_step = self.recorded[shape].replay
+        for _ in range(count):
+            one_step()
         self.cache.window = None
 
 

@@ -431,6 +431,21 @@ def test_token_logprobs_have_the_gradient_of_the_full_logits(tied, recompute_fro
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_forward_and_backward_pass_of_an_update_trace_as_one_graph_each():
+    model = tiny_model(tie_embeddings=True)
+    tokens, at, targets = torch.randint(11, (3, 7)), torch.tensor([1, 4, 5, 20]), torch.tensor([3, 10, 0, 9])
+
+    def logprobs(tokens, at, targets):
+        return HeadLogprobs.apply(model.hidden(tokens).flatten(0, 1)[at], model.head.weight, targets, None)
+
+    outcomes = []
+    for function in (logprobs, torch.compile(logprobs, backend="aot_eager", fullgraph=True)):
+        chosen, entropy = function(tokens, at, targets)
+        outcomes.append((chosen, entropy, *torch.autograd.grad(chosen.sum(), list(model.parameters()))))
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_token_logprobs_of_a_bfloat16_model_are_float32():
     assert token_logprobs(tiny_model(dtype=torch.bfloat16), torch.randint(11, (1, 4))).dtype == torch.float32
 

@@ -165,12 +165,15 @@ def test_a_prompt_is_computed_once_for_all_samples_and_finished_rows_leave_the_b
     assert shapes == [(2, 9)] + [(n, 1) for n in running if n]
 
 
+@pytest.mark.parametrize("block", (0, 1, 5))
 @pytest.mark.parametrize("rows", (1, 2, 5, 11, 100))
-def test_results_do_not_depend_on_how_many_rows_there_are_nor_on_which_one_a_response_takes(rows, monkeypatch):
+def test_results_do_not_depend_on_how_many_rows_there_are_nor_on_which_one_a_response_takes(rows, block, monkeypatch):
     prompts = prompts_of(3, 9, 1, 6)
     options = dict(max_tokens=12, stop=STOP, samples=6, logprobs=True)
     expected, expected_logs = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
     assert {1, 12} <= set(map(len, expected))
+    monkeypatch.setitem(sampler.BLOCK, "cpu", block)
+    monkeypatch.setattr(sampler, "WINDOW", 8)
     shapes = record_shapes(monkeypatch)
     found, logs = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), rows=rows, **options)
     assert found == expected
@@ -178,6 +181,21 @@ def test_results_do_not_depend_on_how_many_rows_there_are_nor_on_which_one_a_res
         assert_close(torch.tensor(a), torch.tensor(b))
     assert max(B for B, T in shapes if T == 1) <= rows
     assert sum(B for B, T in shapes if T > 1) in (3, 4)  # a prompt once for all its samples; the one of 1 token may pass alone
+
+
+@pytest.mark.parametrize("name", ("qwen2", "qwen3 tied"))
+def test_a_decoding_step_traces_as_one_graph_that_does_the_same(name):
+    model = liven(LM(CONFIGS[name]))
+    prompts, options = prompts_of(3, 7), dict(max_tokens=20, stop=STOP, samples=4, logprobs=True)
+    expected = generate(model, prompts, generator=torch.Generator().manual_seed(0), **options)
+    step = sampler.Writing.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sampler.BLOCK, "cpu", 4)
+        patch.setattr(sampler.Writing, "step", torch.compile(step, backend="aot_eager", fullgraph=True))
+        found = generate(model, prompts, generator=torch.Generator().manual_seed(0), **options)
+    assert found[0] == expected[0]
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert_close(torch.tensor(a), torch.tensor(b))
 
 
 def test_a_place_that_becomes_free_is_taken(monkeypatch):
