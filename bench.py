@@ -1,7 +1,9 @@
 """Speed and memory of this program on this machine: a table, and the same as JSON.
 
-    python bench.py                                     everything that this machine can run in some minutes
-    python bench.py --parts rollouts,step --shapes tiny --repeats 3
+    python bench.py                                  tiny and 135m on a CPU, 0.5b and 3b on a GPU
+    python bench.py --parts update --shapes 0.5b     one part of one shape
+    python bench.py --problems FILE.jsonl            also: the padding of micro-batches of these questions and solutions
+    python bench.py --base out/base-...              also: where the time of the demonstration's training steps goes
 
 Weights are random and responses of fixed length: the work is that of a real model of the shape. What is compared is
 measured in turns within one run. A floor is the time below which this machine cannot do the work however it is
@@ -19,25 +21,37 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from datetime import date
+from pathlib import Path
+from unittest import mock
 
 import torch
 
-from grpo import Rollout, token_logprobs, update
+import sampler
+from config import DEMO, Config
+from data import load_problems
+from data.tokenizer import Tokenizer
+from grpo import HeadLogprobs, MasterAdamW, Rollout, micro_batches, token_logprobs, update
 from model import LM, ModelConfig, generate, prefill
+from thinktuning import make_teacher, train
+
+
+def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more):
+    return dict(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
+                ffn_dim=ffn_dim, tie_embeddings=True, max_seq_len=4096, **more)
+
 
 SHAPES = {
-    "tiny": dict(vocab_size=512, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384, tie_embeddings=True),
-    "135m": dict(vocab_size=49_152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, tie_embeddings=True),
-    "0.5b": dict(vocab_size=151_936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, ffn_dim=4864, tie_embeddings=True,
-                 qkv_bias=True),
-    "3b": dict(vocab_size=128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, ffn_dim=8192, tie_embeddings=True),
-    "quarter": dict(vocab_size=37_984, dim=224, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=16, ffn_dim=1216, tie_embeddings=True,
-                    qkv_bias=True),  # 0.5b with every width a quarter: for the memory of an update in a quick test
+    "tiny": shape(512, 128, 4, 4, 2, 384),
+    "135m": shape(49_152, 576, 30, 9, 3, 1536),
+    "0.5b": shape(151_936, 896, 24, 14, 2, 4864, qkv_bias=True),
+    "3b": shape(128_256, 3072, 28, 24, 8, 8192),
 }
-PROMPTS = {"tiny": 8, "135m": 2, "0.5b": 2, "3b": 8, "quarter": 2}
+PROMPTS = {"tiny": 8, "135m": 2, "0.5b": 2, "3b": 8}
+BATCH = {"0.5b": (4, 128), "3b": (8, 1536)}  # rows and tokens of an update; else those of the rollouts
 SAMPLES, LENGTH = 8, 64  # samples a prompt; tokens of a prompt, and of a response
-PARTS = ("rollouts", "update", "teacher", "step", "startup")
+PARTS = ("rollouts", "update", "teacher", "step")
 
 
 def main(argv=None) -> int:
@@ -48,18 +62,20 @@ def main(argv=None) -> int:
         return 0
     bench = Bench(args)
     print(f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
-          f"{bench.bandwidth / 1e9:.1f} GB/s, {bench.rate / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
-    print(f"{'shape':<9}{'part':<10}{'what':<44}{'median':>10}  {'spread':<19}")
-    for shape in args.shapes:
-        bench.model = LM(ModelConfig(**SHAPES[shape], max_seq_len=4096)).to(args.device, getattr(torch, args.dtype))
+          f"{bench.bandwidth / 1e9:.1f} GB/s, {bench.rate / 1e9:,.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
+    print(f"{'shape':<8}{'part':<10}{'what':<50}{'median':>9}   {'spread':<19}")
+    for name in args.shapes:
+        bench.model = LM(ModelConfig(**SHAPES[name])).to(args.device, getattr(torch, args.dtype))
         for part in args.parts:
-            if part != "startup":
-                getattr(bench, part)(shape)
-    if "startup" in args.parts:
+            getattr(bench, part)(name)
+    if args.startup:
         bench.startup()
+    if args.problems:
+        bench.padding(args.problems)
+    if args.base:
+        bench.demonstration(args.base)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**bench.about, "results": bench.results}, file, indent=1)
+        Path(args.json).write_text(json.dumps({**bench.about, "results": bench.results}, indent=1))
     return 0
 
 
@@ -67,10 +83,10 @@ class Bench:
     def __init__(self, args):
         self.device, self.dtype, self.repeats, self.threads = args.device, getattr(torch, args.dtype), args.repeats, args.threads
         self.model, self.results = None, []
-        size = 1 << (28 if args.device == "cuda" else 26)
-        store, square = torch.ones(size, device=args.device), torch.randn(2, 1024, 1024, device=args.device, dtype=self.dtype)
+        size, side = (1 << 28, 8192) if args.device == "cuda" else (1 << 26, 1024)
+        store, square = torch.ones(size, device=args.device), torch.randn(2, side, side, device=args.device, dtype=self.dtype)
         self.bandwidth = store.nbytes / min(self.times({"read": store.sum})["read"])
-        self.rate = 2 * 1024**3 / min(self.times({"multiply": lambda: square[0] @ square[1]})["multiply"])
+        self.rate = 2 * side**3 / min(self.times({"multiply": lambda: square[0] @ square[1]})["multiply"])
         name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
         self.about = {"device": name, "threads": args.threads, "torch": torch.__version__, "python": platform.python_version(),
                       "date": date.today().isoformat(), "dtype": args.dtype, "repeats": args.repeats, "load": os.getloadavg(),
@@ -81,19 +97,20 @@ class Bench:
         seconds = {name: [] for name in functions}
         for repeat in range(self.repeats + 1):
             for name, function in functions.items():
-                began = time.perf_counter()
-                function()
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
+                spent = timed(function)
                 if repeat:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(spent)
         return seconds
 
     def report(self, shape, part, what, seconds, note="", **more):
         median = statistics.median(seconds)
-        print(f"{shape:<9}{part:<10}{what:<44}{median:>9.3f}s  {min(seconds):.3f} to {max(seconds):.3f}  {note}", flush=True)
+        print(f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {min(seconds):.3f} to {max(seconds):.3f}  {note}", flush=True)
         self.results.append({"shape": shape, "part": part, "what": what, "median_s": median, "seconds": seconds, **more})
         return median
+
+    def note(self, shape, part, sentence, **more):
+        print(f"{shape:<8}{part:<10}{sentence}", flush=True)
+        self.results.append({"shape": shape, "part": part, "what": sentence, **more})
 
     def prompts(self, count, length=LENGTH):
         g = torch.Generator().manual_seed(0)
@@ -109,11 +126,11 @@ class Bench:
         reach = before + (tokens + 1) / 2  # positions that a token sees, on average
         flops = 2 * body * rows * tokens + 2 * head * head_rows + 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
         cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * rows * (before + tokens)
-        moved = (body + head + cache) * torch.finfo(self.dtype).bits // 8
-        return max(moved / self.bandwidth, flops / self.rate)
+        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.rate)
 
     def rollout_floor(self, prompts, rows):
-        return self.pass_floor(prompts, LENGTH, 0, prompts) + sum(self.pass_floor(rows, 1, LENGTH + t, rows) for t in range(LENGTH - 1))
+        steps = (self.pass_floor(rows, 1, LENGTH + t, rows) for t in range(LENGTH - 1))
+        return self.pass_floor(prompts, LENGTH, 0, prompts) + sum(steps)
 
     def update_floor(self, rows, tokens, response):
         """Forward, and twice that backward; AdamW reads weight, gradient and two moments and writes all but the gradient."""
@@ -123,21 +140,34 @@ class Bench:
     # The parts.
 
     def rollouts(self, shape):
-        prompts = self.prompts(PROMPTS[shape])
-        rows = len(prompts) * SAMPLES
-        repeated = [p for p in prompts for _ in range(SAMPLES)]
+        gpu = self.device == "cuda"
         options = dict(max_tokens=LENGTH, stop=(), logprobs=True)
-        seconds = self.times({"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options),
-                              "prompt once a sample": lambda: generate(self.model, repeated, **options)})
-        floor = self.rollout_floor(len(prompts), rows)
-        for what, s in seconds.items():
-            median = statistics.median(s)
-            self.report(shape, "rollouts", f"{what}, {len(prompts)} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
-                        f"{rows * LENGTH / median:,.0f} tokens/s, {floor / median:.0%} of the floor",
-                        tokens_per_second=rows * LENGTH / median, floor_s=floor, share_of_floor=floor / median)
+        for count in (1, 8, 32) if gpu else (PROMPTS[shape],):
+            prompts, rows = self.prompts(count), count * SAMPLES
+            repeated = [p for p in prompts for _ in range(SAMPLES)]
+            rivals = {"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options)}
+            if gpu:
+                rivals["ours, not recorded"] = lambda: self.eager(lambda: generate(self.model, prompts, samples=SAMPLES, **options))
+            else:
+                rivals["the prompt once a sample"] = lambda: generate(self.model, repeated, **options)
+            floor = self.rollout_floor(count, rows)
+            for what, s in self.times(rivals).items():
+                share = floor / statistics.median(s)
+                speed = rows * LENGTH / statistics.median(s)
+                self.report(shape, "rollouts", f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
+                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor", tokens_per_second=speed, floor_s=floor, share_of_floor=share)
         steps = range(0, LENGTH, LENGTH // 4)  # without a cache every step costs more than the last: four of them stand for all
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
-        self.report(shape, "rollouts", "no cache (every 16th step, times 16)", [x * LENGTH / len(steps) for x in s])
+        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (every 16th step, times 16)", [x * LENGTH / len(steps) for x in s])
+        if gpu:
+            with torch.profiler.profile() as profile:
+                generate(self.model, prompts, samples=SAMPLES, **options)
+            names = {event.key for event in profile.key_averages() if "triton" in event.key.lower()}
+            self.note(shape, "rollouts", f"kernels of Triton's that ran: {', '.join(names) or 'none'}", triton_kernels=sorted(names))
+
+    def eager(self, function):
+        with mock.patch.object(LM, "compiled", False):
+            return function()
 
     @torch.no_grad()
     def uncached_step(self, prompts, t):
@@ -145,19 +175,21 @@ class Bench:
         torch.multinomial(self.model(tokens)[:, -1].float().softmax(-1), 1)
 
     def update(self, shape):
-        rows, width = (4, 128) if shape in ("0.5b", "quarter") else (PROMPTS[shape] * SAMPLES, 2 * LENGTH)
-        width = 32 if shape == "quarter" else width
+        rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
         tokens = torch.tensor(self.prompts(rows, width + 1), device=self.device)
         seconds = self.times({name: lambda f=f: f(self.model, tokens) for name, f in PASSES.items()})
-        ours, full = (statistics.median(s) for s in seconds.values())
-        peaks = {name: int(subprocess.run(
-            [sys.executable, __file__, "--peak", name, "--shapes", shape, "--threads", str(self.threads), "--device", self.device,
-             "--dtype", str(self.dtype).removeprefix("torch.")], check=True, capture_output=True, text=True).stdout) for name in PASSES}
+        settings = ["--shapes", shape, "--threads", str(self.threads), "--device", self.device,
+                    "--dtype", str(self.dtype).removeprefix("torch.")]
+        peaks = {name: int(subprocess.run([sys.executable, __file__, "--peak", name, *settings], check=True, capture_output=True,
+                                          text=True).stdout) for name in PASSES}
         for name, s in seconds.items():
-            self.report(shape, "update", f"{name}, {rows} x {width} tokens, forward and backward", s,
-                        f"{rows * width / statistics.median(s):,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB",
-                        tokens_per_second=rows * width / statistics.median(s), peak_bytes=peaks[name])
-        print(f"{'':<19}ours to full logits: time {ours / full:.2f}, memory {peaks['ours'] / peaks['full logits']:.2f}")
+            speed = rows * width / statistics.median(s)
+            self.report(shape, "update", f"{name}, {rows} x {width} tokens, forward + backward", s,
+                        f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB", tokens_per_second=speed, peak_bytes=peaks[name])
+        ours, full = (statistics.median(s) for s in seconds.values())
+        memory = peaks["ours"] / peaks["full logits"]
+        self.note(shape, "update", f"ours to full logits: time {ours / full:.2f}, memory {memory:.2f}", time_ratio=ours / full,
+                  memory_ratio=memory)
         self.model.zero_grad(set_to_none=True)
 
     def teacher(self, shape):
@@ -171,28 +203,22 @@ class Bench:
         plain, behind = (statistics.median(s) for s in seconds.values())
         for what, s in seconds.items():
             self.report(shape, "teacher", f"16 requests, {what}", s)
-        amortised = behind + statistics.median(once) / 100
-        self.report(shape, "teacher", "the exemplars themselves, once a run", once,
-                    f"ratio over a run of 100 calls: {amortised / plain:.2f}", ratio=amortised / plain)
+        ratio = (behind + statistics.median(once) / 100) / plain
+        self.report(shape, "teacher", "the exemplars themselves, once a run", once, f"ratio over 100 calls: {ratio:.2f}", ratio=ratio)
 
     def step(self, shape):
         prompts = self.prompts(PROMPTS[shape])
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        optimizer = MasterAdamW(self.model.parameters(), lr=1e-6, fused=True)
         spent = {"rollouts": [], "forward and backward": [], "AdamW": []}
 
         def step():
-            began = time.perf_counter()
-            responses, logs = generate(self.model, prompts, max_tokens=LENGTH, stop=(), samples=SAMPLES, logprobs=True)
-            sampled = time.perf_counter()
-            rollouts = [Rollout(prompts[i // SAMPLES], ids, True, advantage=1.0 - i % 2 * 2, old_logprobs=log)
-                        for i, (ids, log) in enumerate(zip(responses, logs))]
-            stepping = [0.0]
-            apply, optimizer.step = optimizer.step, lambda: stepping.__setitem__(0, timed(apply))
-            update(self.model, optimizer, rollouts)
-            optimizer.step = apply
-            updated = time.perf_counter()
-            for name, s in zip(spent, (sampled - began, updated - sampled - stepping[0], stepping[0])):
-                spent[name].append(s)
+            with clocked({"rollouts": (sys.modules[__name__], "generate"), "AdamW": (optimizer, "step")}) as clocks:
+                responses, logs = generate(self.model, prompts, max_tokens=LENGTH, stop=(), samples=SAMPLES, logprobs=True)
+                rollouts = [Rollout(prompts[i // SAMPLES], ids, True, advantage=1.0 - i % 2 * 2, old_logprobs=log)
+                            for i, (ids, log) in enumerate(zip(responses, logs))]
+                clocks["forward and backward"] = timed(lambda: update(self.model, optimizer, rollouts)) - clocks["AdamW"]
+            for name in spent:
+                spent[name].append(clocks[name])
 
         (seconds,) = self.times({"": step}).values()
         rows = len(prompts) * SAMPLES
@@ -210,6 +236,63 @@ class Bench:
                               "thinktuning.py --help": run("thinktuning.py", "--help")})
         for what, s in seconds.items():
             self.report("", "startup", what, s)
+
+    def padding(self, path):
+        """Micro-batches of the published mini-batch: 32 questions with 5 responses each, here other questions' solutions."""
+        tokenizer = Tokenizer.builtin()
+        problems = [json.loads(line) for line in Path(path).read_text().splitlines()[: 32 * 20]]
+        prompts, answers = ([tokenizer.encode(p[key]) for p in problems] for key in ("question", "answer"))
+        shares = []
+        for size in (4096, 16384):
+            wasted = total = 0
+            for start in range(0, len(prompts), 32):
+                rollouts = [Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
+                            for i in range(start, min(start + 32, len(prompts))) for g in range(5)]
+                for batch in micro_batches(rollouts, size):
+                    lengths = [len(r.prompt) + len(r.response) for r in batch]
+                    wasted, total = wasted + len(batch) * max(lengths) - sum(lengths), total + len(batch) * max(lengths)
+            shares.append(wasted / total)
+            self.note("", "padding", f"{Path(path).name}, micro-batches of {size:,} tokens: {wasted / total:.1%}", share=wasted / total)
+        return shares
+
+    def demonstration(self, base, steps=20):
+        """Where the time of the demonstration's training steps goes, for both methods."""
+        tokenizer, problems = Tokenizer.load(base), load_problems("wordproblems", "train")
+        for method in ("grpo", "thinktuning"):
+            config = Config(**DEMO | dict(steps=steps, method=method, schedule="constant"))
+            student = LM.load(base)
+            teacher = make_teacher(LM.load(base), tokenizer, config) if method == "thinktuning" else None
+            kernels = {"forward, sampling": (LM, "forward"), "choosing tokens": (sampler, "sample"), "forward, update": (LM, "hidden"),
+                       "output head, update": (HeadLogprobs, "apply"), "backward": (torch.Tensor, "backward"),
+                       "AdamW": (MasterAdamW, "step")}
+            with clocked(kernels) as clocks:
+                total = timed(lambda: train(student, tokenizer, problems, config, teacher=teacher))
+            self.report("demo", method, f"{steps} training steps", [total])
+            for name in kernels:
+                self.report("demo", method, f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}")
+            share = sum(clocks[name] for name in kernels) / total
+            self.note("demo", method, f"  in kernels {share:.0%}; the rest is Python: texts, rewards, collating, the cache's rows", share=share)
+
+
+@contextmanager
+def clocked(places: dict):
+    """Seconds spent in each of the functions at {name: (owner, attribute)}, while the context lasts; of nested ones the outer has it."""
+    clocks, running = dict.fromkeys(places, 0.0), []
+    with ExitStack() as stack:
+        for name, (owner, attribute) in places.items():
+            original = getattr(owner, attribute)
+
+            def wrapped(*args, name=name, original=original, **kwargs):
+                result = []
+                if running:
+                    return original(*args, **kwargs)
+                running.append(name)
+                clocks[name] += timed(lambda: result.append(original(*args, **kwargs)))
+                running.clear()
+                return result[0]
+
+            stack.enter_context(mock.patch.object(owner, attribute, wrapped))
+        yield clocks
 
 
 def timed(function) -> float:
@@ -230,10 +313,11 @@ def our_pass(model, tokens):
 
 def full_logits_pass(model, tokens):
     prepare_gradients(model)
-    log_p = model(tokens[:, :-1]).float().log_softmax(-1)
-    with torch.no_grad():
-        (log_p.exp() * log_p).sum(-1)  # the entropy
-    log_p.gather(-1, tokens[:, 1:, None]).mean().backward()
+    with mock.patch("model.RECOMPUTE_FROM", float("inf")):
+        log_p = model(tokens[:, :-1]).float().log_softmax(-1)
+        with torch.no_grad():
+            (log_p.exp() * log_p).sum(-1)  # the entropy
+        log_p.gather(-1, tokens[:, 1:, None]).mean().backward()
 
 
 PASSES = {"ours": our_pass, "full logits": full_logits_pass}
@@ -246,27 +330,25 @@ def prepare_gradients(model):
 
 def peak_of_update(name, shape, device, dtype) -> int:
     """Bytes that a pass needs at its peak beyond weights and gradients (an optimizer's state would stand beside them)."""
-    model = LM(ModelConfig(**SHAPES[shape], max_seq_len=4096)).to(device, getattr(torch, dtype))
-    rows, width = (4, 32) if shape == "quarter" else (4, 128)
+    model = LM(ModelConfig(**SHAPES[shape])).to(device, getattr(torch, dtype))
+    rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
     tokens = torch.randint(SHAPES[shape]["vocab_size"], (rows, width + 1), device=device)
     prepare_gradients(model)
+    PASSES[name](model, tokens[:1, :9])  # what a first pass allocates for good
     if device == "cuda":
-        PASSES[name](model, tokens)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         PASSES[name](model, tokens)
         return torch.cuda.max_memory_allocated() - before
-    PASSES[name](model, tokens[:1, :9])  # what a first pass allocates for good
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = status("VmRSS")
     PASSES[name](model, tokens)
     return status("VmHWM") - before
 
 
 def status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return 1024 * int(next(line for line in file if line.startswith(key)).split()[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -283,6 +365,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} (all)")
     p.add_argument("--shapes", type=names(SHAPES), default=["0.5b", "3b"] if cuda else ["tiny", "135m"],
                    help=f"some of {','.join(SHAPES)} (tiny,135m; with a GPU 0.5b,3b)")
+    p.add_argument("--startup", action=argparse.BooleanOptionalAction, default=True, help="how long the program takes to start")
+    p.add_argument("--problems", help="a .jsonl file of questions and worked answers: padding in micro-batches of them")
+    p.add_argument("--base", help="the base model of a demonstration: a profile of its training steps")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement, after one that does not count (5)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (as many as it takes by itself)")
     p.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))

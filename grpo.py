@@ -217,15 +217,22 @@ def collate(rollouts, guided_tokens="guidance", device="cpu"):
 
 
 def micro_batches(rollouts, size):
-    """Rollouts sorted by length in batches of at most `size` tokens, padding counted (at least one rollout each)."""
-    batch = []
-    for r in sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response)):  # the newest is always the longest
-        if batch and (len(batch) + 1) * (len(r.prompt) + len(r.response)) > size:
-            yield batch
-            batch = []
-        batch.append(r)
-    if batch:
-        yield batch
+    """Rollouts sorted by length, cut into batches of at most `size` tokens, padding counted (at least one rollout each).
+
+    Of all such cuts the cheapest: a batch costs its tokens, padding counted, and for being a pass of its own size / 16 more.
+    """
+    rollouts = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response))
+    cheapest = [(0, 0)]  # of the first i rollouts: the cost, and where the last batch begins
+    for i, r in enumerate(rollouts):
+        width = len(r.prompt) + len(r.response)
+        starts = range(max(0, i + 1 - max(1, size // width)), i + 1)
+        cheapest.append(min((cheapest[j][0] + (i + 1 - j) * width + size / 16, j) for j in starts))
+    batches, end = [], len(rollouts)
+    while end:
+        start = cheapest[end][1]
+        batches.append(rollouts[start:end])
+        end = start
+    return batches[::-1]
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -299,7 +306,7 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
         loss_options["dual_clip"] = None
     total = max(1, sum(len(r.response) for r in rollouts))
     active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
-    batches = list(micro_batches(world.share(active), micro_batch))
+    batches = micro_batches(world.share(active), micro_batch)
     sums, counts = Counter(), Counter()
     optimizer.zero_grad(set_to_none=True)
     head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None

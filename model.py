@@ -76,7 +76,8 @@ class LM(nn.Module):
     def hidden(self, tokens, cache=None):
         """The states before the output head: (B, T) -> (B, T, D)."""
         B, T = tokens.shape
-        x = self.embed(tokens)
+        weight = self.embed.weight  # where it has a gradient, the rows of these tokens are added to it, not a whole second one
+        x = F.embedding(tokens, weight, sparse=weight.grad is not None)
         if cache is None:
             positions, mask = torch.arange(T, device=tokens.device)[None], None  # (1, T)
         else:

@@ -63,6 +63,7 @@ assert parts < 0.8 * sum(p.numel() for p in alone.parameters())
 if world.is_first:
     print("worst difference of a weight", worst)
 assert worst < 1e-5
+dist.barrier()
 dist.destroy_process_group()
 """
 

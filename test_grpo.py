@@ -1,19 +1,25 @@
 """Tests of grpo.py. The references work in plain Python, one float64 token at a time, from METHOD.md, not from the code."""
 
 import copy
+import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from data.tokenizer import Tokenizer
 from grpo import (HeadLogprobs, MasterAdamW, Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio,
                   shaping_coefficient, snapshot, token_logprobs, update)
 from model import LM, ModelConfig, generate
 
+SHARED = Path(__file__).resolve().parent.parent / "shared"
 PROPERTY = settings(max_examples=100, deadline=None)
 GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -7.0)
 
@@ -341,7 +347,8 @@ def test_published_1_without_guards_a_good_token_is_pushed_down():
 
 def tiny_model(seed=0, dtype=torch.float32, **more):
     torch.manual_seed(seed)
-    return LM(ModelConfig(vocab_size=11, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24, **more)).to(dtype)
+    sizes = dict(vocab_size=11, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24)
+    return LM(ModelConfig(**{**sizes, **more})).to(dtype)
 
 
 def ragged_rollouts(model, seed=0, n=6):
@@ -431,6 +438,26 @@ def test_token_logprobs_have_the_gradient_of_the_full_logits(tied, recompute_fro
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_logits_never_exist_as_a_whole(monkeypatch):
+    monkeypatch.setattr("grpo.slice_size", lambda *_: 64)
+    model, tokens, largest = tiny_model(vocab_size=4000, tie_embeddings=True), torch.randint(4000, (4, 16)), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+            return made
+
+    with Watch():
+        logprobs, entropy = token_logprobs(model, tokens, entropy=True)
+        logprobs.sum().backward()
+    assert max(largest) == model.head.weight.numel() == 4000 * 16
+    largest.clear()
+    with Watch():
+        model(tokens)
+    assert max(largest) == 4 * 16 * 4000  # which is more: the check can fail
+
+
 def test_the_forward_and_backward_pass_of_an_update_trace_as_one_graph_each():
     model = tiny_model(tie_embeddings=True)
     tokens, at, targets = torch.randint(11, (3, 7)), torch.tensor([1, 4, 5, 20]), torch.tensor([3, 10, 0, 9])
@@ -469,6 +496,35 @@ def test_micro_batches_hold_every_rollout_once_and_no_more_tokens_than_allowed(l
     batches = list(micro_batches(rollouts, size))
     assert sorted(r.response[0] for batch in batches for r in batch) == list(range(len(rollouts)))
     assert all(batch and (len(batch) == 1 or collate(batch)[0].numel() <= size) for batch in batches)
+
+
+def padded(batches):
+    return sum(len(batch) * max(len(r.prompt) + len(r.response) for r in batch) for batch in batches)
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(20, 120))
+def test_no_other_cut_into_micro_batches_is_cheaper(lengths, size):
+    rollouts = [Rollout([0], [0] * n, True) for n in sorted(lengths)]
+    cuts = []
+    for chosen in range(1 << (len(rollouts) - 1)):  # every way to cut the sorted rollouts
+        places = [0, *(i + 1 for i in range(len(rollouts) - 1) if chosen >> i & 1), len(rollouts)]
+        cut = [rollouts[a:b] for a, b in zip(places, places[1:])]
+        if all(len(batch) == 1 or padded([batch]) <= size for batch in cut):
+            cuts.append(padded(cut) + len(cut) * size / 16)
+    batches = micro_batches(rollouts, size)
+    assert padded(batches) + len(batches) * size / 16 == pytest.approx(min(cuts))
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="needs ../shared/gsm8k")
+def test_under_a_tenth_of_the_tokens_of_gsm8k_rollouts_is_padding():
+    tokenizer = Tokenizer.builtin()
+    lines = [json.loads(line) for line in (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:640]]
+    prompts, solutions = ([tokenizer.encode(line[key]) for line in lines] for key in ("question", "answer"))
+    for start in range(0, 640, 32):  # the published mini-batch, each rollout another question's solution
+        rollouts = [Rollout(prompts[i], solutions[(i + 7 * g) % 640], True) for i in range(start, start + 32) for g in range(5)]
+        tokens = sum(len(r.prompt) + len(r.response) for r in rollouts)
+        assert padded(micro_batches(rollouts, 16384)) < tokens / 0.9
 
 
 # ------------------------------------------------------------------ the update
