@@ -38,8 +38,8 @@ from thinktuning import make_teacher, train
 
 
 def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more):
-    return dict(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
-                ffn_dim=ffn_dim, tie_embeddings=True, max_seq_len=4096, **more)
+    return dict(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=ffn_dim,
+                head_dim=dim // n_heads, tie_embeddings=True, max_seq_len=4096, **more)
 
 
 SHAPES = {
@@ -147,7 +147,7 @@ class Bench:
             repeated = [p for p in prompts for _ in range(SAMPLES)]
             rivals = {"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options)}
             if gpu:
-                rivals["ours, not recorded"] = lambda: self.eager(lambda: generate(self.model, prompts, samples=SAMPLES, **options))
+                rivals["ours, not recorded"] = mock.patch.object(LM, "compiled", False)(rivals["ours"])
             else:
                 rivals["the prompt once a sample"] = lambda: generate(self.model, repeated, **options)
             floor = self.rollout_floor(count, rows)
@@ -155,19 +155,17 @@ class Bench:
                 share = floor / statistics.median(s)
                 speed = rows * LENGTH / statistics.median(s)
                 self.report(shape, "rollouts", f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
-                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor", tokens_per_second=speed, floor_s=floor, share_of_floor=share)
+                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor", tokens_per_second=speed, floor_s=floor,
+                            share_of_floor=share)
         steps = range(0, LENGTH, LENGTH // 4)  # without a cache every step costs more than the last: four of them stand for all
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
-        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (every 16th step, times 16)", [x * LENGTH / len(steps) for x in s])
+        s = [x * LENGTH / len(steps) for x in s]
+        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (every 16th step, times 16)", s)
         if gpu:
             with torch.profiler.profile() as profile:
                 generate(self.model, prompts, samples=SAMPLES, **options)
             names = {event.key for event in profile.key_averages() if "triton" in event.key.lower()}
-            self.note(shape, "rollouts", f"kernels of Triton's that ran: {', '.join(names) or 'none'}", triton_kernels=sorted(names))
-
-    def eager(self, function):
-        with mock.patch.object(LM, "compiled", False):
-            return function()
+            self.note(shape, "rollouts", f"kernels of Triton's that ran: {', '.join(names) or 'none'}", kernels=sorted(names))
 
     @torch.no_grad()
     def uncached_step(self, prompts, t):
@@ -185,7 +183,8 @@ class Bench:
         for name, s in seconds.items():
             speed = rows * width / statistics.median(s)
             self.report(shape, "update", f"{name}, {rows} x {width} tokens, forward + backward", s,
-                        f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB", tokens_per_second=speed, peak_bytes=peaks[name])
+                        f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB", tokens_per_second=speed,
+                        peak_bytes=peaks[name])
         ours, full = (statistics.median(s) for s in seconds.values())
         memory = peaks["ours"] / peaks["full logits"]
         self.note(shape, "update", f"ours to full logits: time {ours / full:.2f}, memory {memory:.2f}", time_ratio=ours / full,
@@ -204,7 +203,7 @@ class Bench:
         for what, s in seconds.items():
             self.report(shape, "teacher", f"16 requests, {what}", s)
         ratio = (behind + statistics.median(once) / 100) / plain
-        self.report(shape, "teacher", "the exemplars themselves, once a run", once, f"ratio over 100 calls: {ratio:.2f}", ratio=ratio)
+        self.report(shape, "teacher", "the exemplars, once a run", once, f"ratio over 100 calls: {ratio:.2f}", ratio=ratio)
 
     def step(self, shape):
         prompts = self.prompts(PROMPTS[shape])
@@ -224,7 +223,8 @@ class Bench:
         rows = len(prompts) * SAMPLES
         floor = self.rollout_floor(len(prompts), rows) + self.update_floor(rows, 2 * LENGTH, LENGTH)
         median = statistics.median(seconds)
-        self.report(shape, "step", "whole GRPO step", seconds, f"{median / floor:.2f} times the floor", floor_s=floor, ratio=median / floor)
+        self.report(shape, "step", "whole GRPO step", seconds, f"{median / floor:.2f} times the floor", floor_s=floor,
+                    ratio=median / floor)
         for name, s in spent.items():
             self.report(shape, "step", f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}")
 
@@ -242,7 +242,6 @@ class Bench:
         tokenizer = Tokenizer.builtin()
         problems = [json.loads(line) for line in Path(path).read_text().splitlines()[: 32 * 20]]
         prompts, answers = ([tokenizer.encode(p[key]) for p in problems] for key in ("question", "answer"))
-        shares = []
         for size in (4096, 16384):
             wasted = total = 0
             for start in range(0, len(prompts), 32):
@@ -251,9 +250,8 @@ class Bench:
                 for batch in micro_batches(rollouts, size):
                     lengths = [len(r.prompt) + len(r.response) for r in batch]
                     wasted, total = wasted + len(batch) * max(lengths) - sum(lengths), total + len(batch) * max(lengths)
-            shares.append(wasted / total)
-            self.note("", "padding", f"{Path(path).name}, micro-batches of {size:,} tokens: {wasted / total:.1%}", share=wasted / total)
-        return shares
+            share = wasted / total
+            self.note("", "padding", f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}", share=share)
 
     def demonstration(self, base, steps=20):
         """Where the time of the demonstration's training steps goes, for both methods."""
@@ -262,8 +260,9 @@ class Bench:
             config = Config(**DEMO | dict(steps=steps, method=method, schedule="constant"))
             student = LM.load(base)
             teacher = make_teacher(LM.load(base), tokenizer, config) if method == "thinktuning" else None
-            kernels = {"forward, sampling": (LM, "forward"), "choosing tokens": (sampler, "sample"), "forward, update": (LM, "hidden"),
-                       "output head, update": (HeadLogprobs, "apply"), "backward": (torch.Tensor, "backward"),
+            kernels = {"forward, sampling": (LM, "forward"), "choosing tokens": (sampler, "sample"),
+                       "forward, update": (LM, "hidden"), "output head, update": (HeadLogprobs, "apply"),
+                       "backward": (torch.Tensor, "backward"),
                        "AdamW": (MasterAdamW, "step")}
             with clocked(kernels) as clocks:
                 total = timed(lambda: train(student, tokenizer, problems, config, teacher=teacher))
@@ -271,12 +270,12 @@ class Bench:
             for name in kernels:
                 self.report("demo", method, f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}")
             share = sum(clocks[name] for name in kernels) / total
-            self.note("demo", method, f"  in kernels {share:.0%}; the rest is Python: texts, rewards, collating, the cache's rows", share=share)
+            self.note("demo", method, f"  in the model {share:.0%}; the rest: texts, rewards, collating, rows", share=share)
 
 
 @contextmanager
 def clocked(places: dict):
-    """Seconds spent in each of the functions at {name: (owner, attribute)}, while the context lasts; of nested ones the outer has it."""
+    """Seconds spent in each of the functions at {name: (owner, attribute)} while the context lasts; nested ones count once."""
     clocks, running = dict.fromkeys(places, 0.0), []
     with ExitStack() as stack:
         for name, (owner, attribute) in places.items():

@@ -8,12 +8,18 @@ Nothing here knows of teachers beyond a per-token `guided` mask.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from distributed import World, full
+
+if TYPE_CHECKING:
+    from model import LM
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Rollout:
     old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old a token; None: to be computed
 
 
-def group_advantages(rewards):
+def group_advantages(rewards: Tensor) -> Tensor:
     """Z-score rewards inside each question's group: (Q, G) -> (Q, G). METHOD step 7.
 
     A group whose rewards are all equal gets zeros: it carries no signal. Raises ValueError for anything but a matrix of
@@ -45,7 +51,8 @@ def group_advantages(rewards):
     return (centred / (rewards.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)  # std uses n-1
 
 
-def shaping_coefficient(advantages, gamma_min=0.001, gamma_max=-0.001, a_min=-4.0, a_max=4.0, published=False):
+def shaping_coefficient(advantages: Tensor, gamma_min: float = 0.001, gamma_max: float = -0.001, a_min: float = -4.0,
+                        a_max: float = 4.0, published: bool = False) -> Tensor:
     """γ(Â) of Advantage-Aware Shaping, any shape: γ_min for the best advantage, γ_max for the worst."""
     gamma = gamma_min + (gamma_max - gamma_min) * (a_max - advantages) / (a_max - a_min)
     if published:  # the published bounds are the wrong way round, so clamp returns γ_max everywhere
@@ -53,7 +60,7 @@ def shaping_coefficient(advantages, gamma_min=0.001, gamma_max=-0.001, a_min=-4.
     return torch.clamp(gamma, min(gamma_min, gamma_max), max(gamma_min, gamma_max))
 
 
-def shaped_ratio(logprobs, advantages, guards=True, **shaping):
+def shaped_ratio(logprobs: Tensor, advantages: Tensor, guards: bool = True, **shaping: Any) -> Tensor:
     """w = π_θ / (sg(π_θ) + γ(Â)): (B, T) -> (B, T), differentiable; ∇w = π/(π+γ)·∇log π.
 
     Guards: (a) a denominator below 0 becomes 1.0001·sg(π), (b) one above 1 becomes 0.9999·sg(π).
@@ -67,7 +74,8 @@ def shaped_ratio(logprobs, advantages, guards=True, **shaping):
     return (logprobs - logprobs.detach()).exp() * scale  # the first factor is 1 and carries ∇log π, even where π underflows
 
 
-def clipped_loss(ratio, advantages, clip=0.2, dual_clip: float | None = 3.0):
+def clipped_loss(ratio: Tensor, advantages: Tensor, clip: float = 0.2,
+                 dual_clip: float | None = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's pessimistic bound with a dual clip for Â < 0, a token: (B, T), and the masks of where each one binds."""
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
@@ -78,7 +86,8 @@ def clipped_loss(ratio, advantages, clip=0.2, dual_clip: float | None = 3.0):
     return loss, clipped > plain, dual_bound
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, guided=None, **options):
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, guided: Tensor | None = None,
+                **options: Any) -> tuple[Tensor, dict[str, float]]:
     """Mean loss over the tokens in `mask` and its metrics; options and metrics are those of token_losses."""
     losses, measured = token_losses(logprobs, old_logprobs, advantages, mask, guided, **options)
     loss = losses.sum() / mask.sum().clamp(min=1)
@@ -86,8 +95,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, guided=None, **options
     return loss, {"loss": loss.item(), **means}
 
 
-def token_losses(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=0.2, dual_clip: float | None = 3.0,
-                 unlikely=0.01, shaping="aas", guards=True, kl_coef=0.0, ref_logprobs=None, **coefficients):
+def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, guided: Tensor | None = None, *,
+                 clip: float = 0.2, dual_clip: float | None = 3.0, unlikely: float = 0.01, shaping: str = "aas",
+                 guards: bool = True, kl_coef: float = 0.0, ref_logprobs: Tensor | None = None,
+                 **coefficients: Any) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The loss of every token (B, T), 0 outside `mask`, and {metric: (values, the tokens it is a mean over)}.
 
     METHOD section 3. logprobs, old_logprobs, mask, guided: (B, T); advantages: (B, T) or (B, 1). Guided tokens are
@@ -117,17 +128,21 @@ def token_losses(logprobs, old_logprobs, advantages, mask, guided=None, *, clip=
     elif shaping == "likelihood":
         loss = torch.where(shaped, -advantages * logprobs, loss)
     if kl_coef:
+        if ref_logprobs is None:
+            raise ValueError("kl_coef needs ref_logprobs, the log-probabilities of the reference")
         log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)
         loss = loss + kl_coef * (log_r.exp() - 1 - log_r)  # k3
 
     ordinary = mask & ~shaped
     means = {"kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
              "clip_fraction": (clipped & ordinary, mask), "dual_clip_fraction": (dual_clipped & ordinary, mask),
-             "guided_share": (guided, mask), "shaped_share": (shaped, mask), "w_guided": (weight, guided), "pi_guided": (pi, guided)}
+             "guided_share": (guided, mask), "shaped_share": (shaped, mask), "w_guided": (weight, guided),
+             "pi_guided": (pi, guided)}
     return loss * mask, {key: (values.detach() * where, where) for key, (values, where) in means.items()}
 
 
-def token_logprobs(model, tokens, where=None, entropy=False, head_grad=None):
+def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entropy: bool = False,
+                   head_grad: Tensor | None = None) -> Any:
     """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32.
 
     With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
@@ -150,7 +165,7 @@ class HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, weight, targets, head_grad):
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.size = slice_size(len(states), states.device)
         log_z = torch.full(targets.shape, -1e30, device=states.device)  # of the slices so far
         mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)  # mean: of log p, so minus the entropy
@@ -168,7 +183,7 @@ class HeadLogprobs(torch.autograd.Function):
         return chosen - log_z, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None]:
         states, weight, targets, log_z = ctx.saved_tensors
         states_grad = torch.zeros_like(states, dtype=torch.float32)
         weight_grad = torch.zeros_like(weight) if ctx.head_grad is None else ctx.head_grad
@@ -183,22 +198,23 @@ class HeadLogprobs(torch.autograd.Function):
         return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None
 
 
-def slice_size(positions, device) -> int:
+def slice_size(positions: int, device: torch.device | str) -> int:
     """Rows of the head that are computed at once: 16 MB of logits on a CPU, whose caches they should fit, 256 MB on a GPU."""
-    return max(512, (1 << (22 if torch.device(device).type == "cpu" else 26)) // max(1, positions))
+    logits: int = 1 << (22 if torch.device(device).type == "cpu" else 26)
+    return max(512, logits // max(1, positions))
 
 
-def slices(weight, size):
+def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     return ((start, weight[start : start + size]) for start in range(0, len(weight), size))
 
 
-def place(targets, start, size):
+def place(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """Where a target stands in a slice of the vocabulary, (N, 1), and whether it is in there at all, (N,)."""
     at = targets - start
     return at.clamp(0, size - 1)[:, None], (at >= 0) & (at < size)
 
 
-def collate(rollouts, guided_tokens="guidance", device="cpu"):
+def collate(rollouts: list[Rollout], guided_tokens: str = "guidance", device: str | torch.device = "cpu") -> list[Tensor]:
     """Pad rollouts to one batch: tokens (B, T), and (B, T-1) mask, guided, old_logprobs, and advantages (B, 1)."""
     width = max(len(r.prompt) + len(r.response) for r in rollouts)
     tokens = torch.zeros(len(rollouts), width, dtype=torch.int64)
@@ -216,13 +232,13 @@ def collate(rollouts, guided_tokens="guidance", device="cpu"):
     return [x.to(device) for x in (tokens, mask, guided, old, advantages)]
 
 
-def micro_batches(rollouts, size):
+def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
     """Rollouts sorted by length, cut into batches of at most `size` tokens, padding counted (at least one rollout each).
 
     Of all such cuts the cheapest: a batch costs its tokens, padding counted, and for being a pass of its own size / 16 more.
     """
     rollouts = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response))
-    cheapest = [(0, 0)]  # of the first i rollouts: the cost, and where the last batch begins
+    cheapest = [(0.0, 0)]  # of the first i rollouts: the cost, and where the last batch begins
     for i, r in enumerate(rollouts):
         width = len(r.prompt) + len(r.response)
         starts = range(max(0, i + 1 - max(1, size // width)), i + 1)
@@ -242,17 +258,17 @@ class MasterAdamW(torch.optim.AdamW):
     pass has it, so micro-batches add up exactly as well; after a step the weights are the masters, rounded.
     """
 
-    def __init__(self, parameters, **options):
-        self.copies = []  # (half-precision weight, its master)
+    def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (half-precision weight, its master)
         super().__init__([self.master_of(p) for p in parameters], **options)
 
-    def master_of(self, weight):
+    def master_of(self, weight: Tensor) -> Tensor:
         if weight.dtype == torch.float32:
             return weight
         master = weight.detach().float().requires_grad_(True)
         self.copies.append((weight, master))
 
-        def collect(_):
+        def collect(_: Tensor) -> None:
             if weight.grad is not None:  # none came by this way: see gradient_buffer
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
@@ -261,21 +277,21 @@ class MasterAdamW(torch.optim.AdamW):
         return master
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for weight, master in self.copies:
             weight.copy_(master)
 
 
-def gradient_buffer(optimizer, weight):
+def gradient_buffer(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
     """Zeros that `optimizer` will read as the gradient of `weight`: the weight's own .grad, or its master's."""
-    owner = dict(getattr(optimizer, "copies", ())).get(weight, weight)
-    owner.grad = torch.zeros_like(owner)
-    return owner.grad
+    owner: Tensor = dict(getattr(optimizer, "copies", ())).get(weight, weight)
+    buffer = owner.grad = torch.zeros_like(owner)
+    return buffer
 
 
 @torch.no_grad()
-def snapshot(model, rollouts, micro_batch=16384, world=World()):
+def snapshot(model: LM, rollouts: list[Rollout], micro_batch: int = 16384, world: World = World()) -> None:
     """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
     if not (waiting := [r for r in rollouts if r.old_logprobs is None]):
         return
@@ -289,8 +305,9 @@ def snapshot(model, rollouts, micro_batch=16384, world=World()):
         r.old_logprobs = known
 
 
-def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guidance", max_grad_norm=1.0,
-           reference=None, published_dual_clip=False, world=World(), **loss_options):
+def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], *, micro_batch: int = 16384,
+           guided_tokens: str = "guidance", max_grad_norm: float = 1.0, reference: LM | None = None,
+           published_dual_clip: bool = False, world: World = World(), **loss_options: Any) -> dict[str, float]:
     """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
 
     The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
@@ -300,14 +317,14 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
     """
     snapshot(model, rollouts, micro_batch, world)
     for r in rollouts:
-        if len(r.old_logprobs) != len(r.response):
-            raise ValueError(f"a rollout has {len(r.response)} tokens and {len(r.old_logprobs)} log-probabilities of the old policy")
+        if (known := len(r.old_logprobs or ())) != len(r.response):
+            raise ValueError(f"a rollout has {len(r.response)} tokens and {known} log-probabilities of the old policy")
     if published_dual_clip and all(r.guided_from is None for r in rollouts):
         loss_options["dual_clip"] = None
     total = max(1, sum(len(r.response) for r in rollouts))
     active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
     batches = micro_batches(world.share(active), micro_batch)
-    sums, counts = Counter(), Counter()
+    mine: tuple[dict[str, float], dict[str, float]] = defaultdict(float), defaultdict(float)  # sums, and of how many tokens
     optimizer.zero_grad(set_to_none=True)
     head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
     for i in range(max(world.gather([len(batches)]))):
@@ -321,14 +338,14 @@ def update(model, optimizer, rollouts, *, micro_batch=16384, guided_tokens="guid
         (losses.sum() / total * (0 if idle else world.size)).backward()  # FSDP takes the mean over the processes
         if not idle:
             for key, (values, where) in {**measured, "entropy": (entropy, mask), "loss": (losses.detach(), mask)}.items():
-                sums[key] += values.sum().item()
-                counts[key] += int(where.sum())
+                mine[0][key] += values.sum().item()
+                mine[1][key] += int(where.sum())
     norm = full(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm))
     finite = bool(torch.isfinite(norm))
     if active and finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    parts = world.gather([(sums, counts)])
+    parts = world.gather([mine])
     sums, counts = ({key: sum(part[i][key] for part in parts) for part in parts for key in part[i]} for i in (0, 1))
     counts["loss"] = total
     return {"loss": 0.0, **{key: sums[key] / n for key, n in counts.items() if n and key in sums}, "grad_norm": norm.item(),

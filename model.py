@@ -3,8 +3,8 @@
 One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
 SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
 
-On a GPU nothing is compiled by Triton, and it need not be there. A decoding step reads every weight once and computes little, so
-what fusion could save is small beside the weights' own traffic; what costs is launching hundreds of kernels a token. The sampler
+On a GPU nothing is compiled by Triton, and it need not be there. A decoding step reads every weight once and computes
+little, so what fusion could save is small beside that; what costs is launching hundreds of kernels a token. The sampler
 therefore records a whole step as a CUDA graph (sampler.Writing.steps) of PyTorch's own kernels: cuBLAS products, fused
 attention, RMSNorm. An update's kernels are large and few, and run as they are. Both trace as one graph (torch.compile with
 fullgraph, in the tests), so a compiler can be put around either.
@@ -15,12 +15,16 @@ Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E hea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sampler import KVCache, generate, prefill, sample  # noqa: F401 (public names of this module)
@@ -29,6 +33,9 @@ from weights import config_to_json, read_companions, read_config, read_tensors, 
 # Hidden units of a whole pass from which on the backward pass computes the feed-forward layers again instead of keeping them:
 # five tensors of that size would be kept. Below it memory is cheap and time is not.
 RECOMPUTE_FROM = 1 << 25
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of every position's angles, (1 or B, 1, T, E/2) each
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # a layer's q, k, v and mask, with what the cache holds
 
 
 @dataclass
@@ -42,7 +49,7 @@ class ModelConfig:
     ffn_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # as in config.json; only Llama 3's frequency scaling exists here
+    rope_scaling: dict[str, Any] | None = None  # as in config.json; only Llama 3's frequency scaling exists here
     max_seq_len: int = 2048
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
@@ -52,7 +59,7 @@ class ModelConfig:
 class LM(nn.Module):
     compiled = True  # decoding steps on a GPU are recorded as CUDA graphs; self.recordings counts them
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
@@ -66,14 +73,16 @@ class LM(nn.Module):
         self.inv_freq = rope_frequencies(config)
         self.recompute = False  # activation checkpointing: the backward pass computes each block again instead of keeping it
         self.recordings = 0
-        self.source: dict | None = None  # the config.json it was loaded from, and the files beside it: save writes them back
+        # The config.json it was loaded from, and the files beside it: save writes them back.
+        self.source: dict[str, Any] | None = None
         self.companions: dict[str, bytes] = {}
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) int64 -> logits (B, T, vocab_size). With a cache, row b's tokens stand at cache.lengths[b] onwards."""
-        return self.head(self.hidden(tokens, cache))
+        logits: Tensor = self.head(self.hidden(tokens, cache))
+        return logits
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The states before the output head: (B, T) -> (B, T, D)."""
         B, T = tokens.shape
         weight = self.embed.weight  # where it has a gradient, the rows of these tokens are added to it, not a whole second one
@@ -92,14 +101,15 @@ class LM(nn.Module):
                 x = checkpoint(layer, x, rope, mask, None, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, mask, cache and partial(cache.attend, i), large)
-        return self.norm(x)
+        states: Tensor = self.norm(x)
+        return states
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.embed.weight.device
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32) -> "LM":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LM:
         """Read a Hugging Face-style directory: config.json + safetensors, in one file or in shards.
 
         Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
@@ -115,28 +125,29 @@ class LM(nn.Module):
         model.source, model.companions = source, read_companions(path)
         return model
 
-    def save(self, path, tokenizer=None) -> None:
+    def save(self, path: str | Path, tokenizer: Any = None) -> None:
         """Write the directory `load` reads: weights in shards of 5 GB, and the files that came with them untouched.
 
         A model made here has none: give it its `tokenizer`. A crash or a full disk leaves an older directory whole.
         """
         write_directory(path, self.source or config_to_json(self.config), self.disk_tensors(), self.companions, tokenizer)
 
-    def disk_tensors(self):
+    def disk_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (the ecosystem's name, a view of the parameter): fused projections are split by row."""
         c = self.config
         qkv_sizes = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
         yield "model.embed_tokens.weight", self.embed.weight
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
             prefix = f"model.layers.{i}."
             for kind, fused in layer.attention.qkv.named_parameters():  # weight, and bias if there is one
-                for name, view in zip("qkv", fused.split(qkv_sizes)):
+                for name, view in zip("qkv", torch.split(fused, qkv_sizes)):
                     yield f"{prefix}self_attn.{name}_proj.{kind}", view
             yield prefix + "self_attn.o_proj.weight", layer.attention.out.weight
             if c.qk_norm:
                 yield prefix + "self_attn.q_norm.weight", layer.attention.q_norm.weight
                 yield prefix + "self_attn.k_norm.weight", layer.attention.k_norm.weight
-            for name, view in zip(("gate", "up"), layer.gate_up.weight.split(c.ffn_dim)):
+            for name, view in zip(("gate", "up"), torch.split(layer.gate_up.weight, c.ffn_dim)):
                 yield f"{prefix}mlp.{name}_proj.weight", view
             yield prefix + "mlp.down_proj.weight", layer.down.weight
             yield prefix + "input_layernorm.weight", layer.attention_norm.weight
@@ -147,7 +158,7 @@ class LM(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
@@ -155,20 +166,21 @@ class Block(nn.Module):
         self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.down = Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, attend, recompute_ffn=False):
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, attend: Attend | None, recompute_ffn: bool = False) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, attend)
         # Three quarters of what a backward pass keeps is made here, by a seventh of the pass's arithmetic.
         return x + (checkpoint(self.ffn, x, use_reentrant=False, preserve_rng_state=False) if recompute_ffn else self.ffn(x))
 
-    def ffn(self, x):
+    def ffn(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
 
 
 class Linear(nn.Linear):
     """nn.Linear, which for the few rows of a decoding step takes 1.3 to 1.4 times as long on a CPU as W @ x.T does (bench.py)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if x.is_cuda or not 6 <= rows <= 32:
             return super().forward(x)
@@ -177,7 +189,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
         self.qkv = Linear(c.dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
@@ -186,7 +198,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, rope, mask, attend):
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, attend: Attend | None) -> Tensor:
         c = self.config
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
@@ -199,24 +211,26 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             y = attend(q, k, v, mask)  # also over what the cache holds
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        x = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return x
 
 
-def rotate(x, rope):
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[e], x[e + E/2]) by its position's angle: the half-split layout of the published weights."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def rope_frequencies(config: ModelConfig):
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """Rotary angles per position: (E/2,) float32, with Llama 3's scaling of the slow ones where asked."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    freq = 1.0 / config.rope_theta**exponent
+    freq: Tensor = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
         return freq
     s = config.rope_scaling
     turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns in the original context
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, divided by the factor
-    return freq * (keep + (1 - keep) / s["factor"])
+    scaled: Tensor = freq * (keep + (1 - keep) / s["factor"])
+    return scaled

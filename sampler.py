@@ -9,11 +9,17 @@ Shapes: B rows, T tokens, H query heads, K key/value heads, G = H / K, E head wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model import LM
 
 SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
 # Looking which rows are done makes the host wait for a GPU, so there it is done once in so many steps.
@@ -22,8 +28,10 @@ WINDOW = 512  # steps of a block read a multiple of so many positions, for few s
 
 
 @torch.no_grad()
-def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, top_p=1.0, generator=None,
-             prefix=None, rows=None, logprobs=False, on_step=None):
+def generate(model: LM, prompts: list[list[int]], *, max_tokens: int, stop: Iterable[int], samples: int = 1,
+             temperature: float = 1.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+             prefix: KVCache | None = None, rows: int | None = None, logprobs: bool = False,
+             on_step: Callable[[Tensor, Tensor], None] | None = None) -> Any:
     """Sample `samples` responses to each prompt: len(prompts) * samples lists of ids, question-major.
 
     A finished response ends with its stop token; one without was cut at max_tokens. temperature 0 is greedy.
@@ -43,7 +51,7 @@ def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, to
     n, device = len(prompts) * samples, model.device
     # Token t of response i is drawn with the number at (i, t), in whichever row and whenever that happens: so a response
     # depends neither on its neighbours nor on when they end. Line n is for rows that write no response.
-    uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator and generator.device)  # (0, 1]
+    uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator.device if generator else None)  # (0, 1]
     uniform = F.pad(uniform, (0, 0, 0, 1), value=1.0).to(device)
     shared = common_prefix(prompts)
     if prefix is None and shared >= SHARE_FROM:
@@ -67,7 +75,8 @@ def generate(model, prompts, *, max_tokens, stop, samples=1, temperature=1.0, to
 class Writing:
     """Rows at work: row b writes response response[b], whose newest token tokens[b] stands at t[b]; done[b] once it has ended."""
 
-    def __init__(self, model, cache, uniform, is_stop, temperature, top_p, on_step):
+    def __init__(self, model: LM, cache: KVCache, uniform: Tensor, is_stop: Tensor, temperature: float, top_p: float,
+                 on_step: Callable[[Tensor, Tensor], None] | None) -> None:
         self.model, self.cache, self.uniform, self.is_stop = model, cache, uniform, is_stop
         self.temperature, self.top_p, self.on_step = temperature, top_p, on_step
         self.none = len(uniform) - 1
@@ -77,10 +86,10 @@ class Writing:
         self.response = torch.full((rows,), self.none, device=uniform.device)
         self.t, self.tokens = torch.zeros_like(self.response), torch.zeros_like(self.response)
         self.done = torch.ones_like(self.response, dtype=torch.bool)
-        self.recorded = {}  # (rows, positions read) -> CUDA graph
-        self.pool = None
+        self.recorded: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # (rows, positions read) -> CUDA graph
+        self.pool: Any = None
 
-    def run(self, waiting, block=0):
+    def run(self, waiting: Waiting, block: int = 0) -> None:
         """Write until no response is left, looking which are done after every step or `block` of them."""
         rows, active = len(self.response), 0
         while waiting.count or active:
@@ -102,13 +111,13 @@ class Writing:
                     state[:active] = state[order]
                 self.done[:active], self.done[active:], self.response[active:] = False, True, self.none
 
-    def step(self, B):
+    def step(self, B: int) -> None:
         """One token more in each of the first B rows."""
         logits = self.model(self.tokens[:B, None], self.cache)[:, -1]
         self.t[:B] += ~self.done[:B]
         self.draw(slice(0, B), logits)
 
-    def draw(self, here, logits):
+    def draw(self, here: slice, logits: Tensor) -> None:
         response, t = self.response[here], self.t[here]
         tokens, logp = sample(logits, self.uniform[response, t], self.temperature, self.top_p)
         self.tokens_out[response, t], self.logprobs_out[response, t] = tokens, logp
@@ -118,15 +127,18 @@ class Writing:
         self.done[here] |= self.is_stop[tokens] | (t + 1 == self.uniform.shape[1])
         self.response[here] = torch.where(self.done[here], self.none, response)  # until it leaves it writes nothing more
 
-    def steps(self, active, count):
-        """`count` steps in one of few shapes: the rows halved until they just hold the active ones. On a GPU recorded and replayed."""
+    def steps(self, active: int, count: int) -> None:
+        """`count` steps in one of few shapes, the rows halved until they just hold the active ones.
+
+        On a GPU a step of each shape is recorded as a CUDA graph, then replayed.
+        """
         B = len(self.response)
         while B // 2 >= max(active, 8):
             B //= 2
         self.cache.lengths[active:] = 0
         self.cache.longest += count
         self.cache.window = min(-(-self.cache.longest // WINDOW) * WINDOW, self.cache.k.shape[3])
-        one_step = partial(self.step, B)
+        one_step: Callable[[], None] = partial(self.step, B)
         if self.model.device.type == "cuda" and self.model.compiled:
             shape = (B, self.cache.window)
             if shape not in self.recorded:
@@ -149,12 +161,12 @@ class Waiting:
     A prompt is computed once, together with the others that enter with it, and kept until the last of its samples has entered.
     """
 
-    def __init__(self, model, prompts, samples, prefix):
+    def __init__(self, model: LM, prompts: list[list[int]], samples: int, prefix: KVCache | None) -> None:
         self.model, self.prompts, self.samples, self.prefix = model, prompts, samples, prefix
         self.count = len(prompts) * samples
-        self.ready = {}  # prompt -> the cache it is in, its row there, the logits after it
+        self.ready: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt: (its cache, its row there, the logits after it)
 
-    def enter(self, cache, first, most):
+    def enter(self, cache: KVCache, first: int, most: int) -> tuple[Tensor, Tensor]:
         """Put up to `most` responses into the rows from `first` on: their numbers (B,) and the logits after their prompts."""
         start = len(self.prompts) * self.samples - self.count
         new = range(start, start + min(most, self.count))
@@ -173,7 +185,7 @@ class Waiting:
 
 
 @torch.no_grad()
-def prefill(model, prompts, prefix: KVCache | None = None):
+def prefill(model: LM, prompts: list[list[int]], prefix: KVCache | None = None) -> tuple[KVCache, Tensor]:
     """Run right-padded prompts through the model once: (their cache, logits after each prompt (Q, vocab))."""
     lengths = [len(p) for p in prompts]
     cache = KVCache(model, len(prompts), max(lengths), prefix)
@@ -186,7 +198,7 @@ def prefill(model, prompts, prefix: KVCache | None = None):
     return cache, model.head(states[torch.arange(len(prompts), device=model.device), last])
 
 
-def common_prefix(prompts) -> int:
+def common_prefix(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
     low, high = min(prompts), max(prompts)  # whatever these two share, all that sort between them share
     alike = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
@@ -201,17 +213,17 @@ class KVCache:
     before every row's first: they are there once, and in a decoding step they are read once for all rows.
     """
 
-    def __init__(self, model, rows: int, max_len: int, prefix: KVCache | None = None):
+    def __init__(self, model: LM, rows: int, max_len: int, prefix: KVCache | None = None) -> None:
         c = model.config
         weight = model.embed.weight
         shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.longest = 0  # no row is longer: known here without asking the device
-        self.window = None  # positions that a recorded step reads; who sets it keeps `longest` too
+        self.window: int | None = None  # positions that a recorded step reads; who sets it keeps `longest` too
         self.prefix, self.offset = prefix, prefix.longest if prefix else 0
 
-    def reserve(self, B, T):
+    def reserve(self, B: int, T: int) -> tuple[Tensor, Tensor | None]:
         """Claim T positions in each of the first B rows: their positions (B, T) in the text and the mask `attend` wants."""
         if self.window is None:
             if self.longest + T > self.k.shape[3]:
@@ -225,42 +237,43 @@ class KVCache:
         visible = torch.arange(self.read, device=self.at.device) <= self.at[..., None]  # (B, T, S)
         if T > 1:
             visible = F.pad(visible, (self.offset, 0), value=True)  # (B, T, P + S)
-        mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)  # what SDPA makes of it every time
+        # What SDPA would make of `visible` in every layer.
+        mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)
         return self.at + self.offset, mask[:, None]
 
-    def attend(self, layer, q, k, v, mask):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Store a layer's new k, v (B, K, T, E) and attend from q (B, H, T, E) to all that its rows hold: (B, H, T, E)."""
         B, H, T, E = q.shape
         rows = torch.arange(B, device=q.device)[:, None]
         self.k[layer][rows, :, self.at] = k.transpose(1, 2)
         self.v[layer][rows, :, self.at] = v.transpose(1, 2)
         k, v = self.k[layer, :B, :, : self.read], self.v[layer, :B, :, : self.read]
-        if self.offset:
+        if self.prefix:
             prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
         if T > 1:
-            if self.offset:
+            if self.prefix:
                 k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         q = q.reshape(B, k.shape[1], -1, E)  # (B, K, G, E): a group's heads as if they were times, so k and v stay single
-        if self.offset:
+        if self.prefix and mask is not None:
             y = attend_to_both(q, prefix_k, prefix_v, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask)
         return y.reshape(B, H, 1, E)
 
-    def set_lengths(self, lengths):
+    def set_lengths(self, lengths: list[int]) -> None:
         """Cut rows back to their true lengths (a list of int, one a row)."""
         self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
         self.longest = max(lengths)
 
-    def fill(self, first, other: KVCache, rows):
+    def fill(self, first: int, other: KVCache, rows: Sequence[int]) -> None:
         """Copy `rows` (a list) of another cache into the rows from `first` on."""
         n, here = other.longest, slice(first, first + len(rows))
         self.k[:, here, :, :n], self.v[:, here, :, :n] = other.k[:, rows, :, :n], other.v[:, rows, :, :n]
         self.lengths[here] = other.lengths[rows]
         self.longest = max(self.longest, n)
 
-    def drop(self, done):
+    def drop(self, done: Tensor) -> Tensor:
         """Of the first B rows forget those marked in `done` (B,) bool; returns the old index of each row kept.
 
         The last rows move into the gaps, so a finished row costs one row's copy and the others stay in place.
@@ -278,7 +291,7 @@ class KVCache:
         return order
 
 
-def attend_to_both(q, prefix_k, prefix_v, k, v, mask):
+def attend_to_both(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention from q (B, K, G, E) to a prefix that all rows share (K, P, E) and to each row's own k, v (B, K, S, E).
 
     One softmax over the scores of both; the prefix is one matrix product for all rows, not one for each.
@@ -289,12 +302,13 @@ def attend_to_both(q, prefix_k, prefix_v, k, v, mask):
     to_prefix = (together @ prefix_k.transpose(1, 2)).view(K, B, G, -1).transpose(0, 1)  # (B, K, G, P)
     to_own = (q @ k.transpose(2, 3)) + mask  # (B, K, G, S)
     weights = torch.cat((to_prefix, to_own), dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    on_prefix, on_own = weights.split([prefix_k.shape[1], k.shape[2]], dim=-1)
-    y = on_prefix.transpose(0, 1).reshape(K, B * G, -1) @ prefix_v
-    return y.view(K, B, G, E).transpose(0, 1) + on_own @ v
+    on_prefix, on_own = torch.split(weights, [prefix_k.shape[1], k.shape[2]], dim=-1)
+    from_prefix = on_prefix.transpose(0, 1).reshape(K, B * G, -1) @ prefix_v
+    y: Tensor = from_prefix.view(K, B, G, E).transpose(0, 1) + on_own @ v
+    return y
 
 
-def sample(logits, uniform, temperature, top_p):
+def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
     logits = logits.float().contiguous()
     top = logits.amax(-1, keepdim=True)
@@ -311,5 +325,6 @@ def sample(logits, uniform, temperature, top_p):
             weights = weights.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
         cdf = weights.cumsum(-1)
         # uniform > 0 and "first entry >= target" can only land on a token of positive probability.
-        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).clamp(max=weights.shape[-1] - 1)  # past the end: NaN logits
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])
+        tokens = tokens.clamp(max=weights.shape[-1] - 1)  # NaN logits would point past the end
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - log_z).squeeze(-1)
