@@ -306,8 +306,10 @@ def timed(function) -> float:
 
 def our_pass(model, tokens):
     prepare_gradients(model)
+    model.embed.sparse = True  # as grpo.update does
     logprobs, _ = token_logprobs(model, tokens, entropy=True, head_grad=model.head.weight.grad)
     logprobs.mean().backward()
+    model.embed.sparse = False
 
 
 def full_logits_pass(model, tokens):

@@ -327,6 +327,8 @@ def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout],
     mine: tuple[dict[str, float], dict[str, float]] = defaultdict(float), defaultdict(float)  # sums, and of how many tokens
     optimizer.zero_grad(set_to_none=True)
     head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
+    # Of a tied embedding the rows of these tokens are then added to it as well, not a whole second gradient.
+    model.embed.sparse = model.embed.weight.grad is not None
     for i in range(max(world.gather([len(batches)]))):
         idle = i >= len(batches)  # the others have more to do, and every pass is made together
         tokens, mask, guided, old, advantages = collate(active[:1] if idle else batches[i], guided_tokens, model.device)
@@ -340,6 +342,7 @@ def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout],
             for key, (values, where) in {**measured, "entropy": (entropy, mask), "loss": (losses.detach(), mask)}.items():
                 mine[0][key] += values.sum().item()
                 mine[1][key] += int(where.sum())
+    model.embed.sparse = False
     norm = full(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm))
     finite = bool(torch.isfinite(norm))
     if active and finite:

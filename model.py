@@ -85,8 +85,7 @@ class LM(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The states before the output head: (B, T) -> (B, T, D)."""
         B, T = tokens.shape
-        weight = self.embed.weight  # where it has a gradient, the rows of these tokens are added to it, not a whole second one
-        x = F.embedding(tokens, weight, sparse=weight.grad is not None)
+        x = self.embed(tokens)
         if cache is None:
             positions, mask = torch.arange(T, device=tokens.device)[None], None  # (1, T)
         else:

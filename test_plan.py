@@ -102,7 +102,7 @@ model.to_empty(device="cpu")
 for p in model.parameters():
     torch.nn.init.normal_(p, std=0.02)
 model.recompute = recompute
-optimizer = MasterAdamW(model.parameters(), lr=1e-5)
+optimizer = MasterAdamW(model.parameters(), lr=1e-5, fused=True)
 for _ in range(2):  # the first step makes the optimiser's state
     update(model, optimizer, rollouts, micro_batch=micro_batch)
 print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype))))
