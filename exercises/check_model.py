@@ -147,7 +147,7 @@ def check_sample(solution):
             return tokens, logprobs(z, t, p).gather(-1, tokens[:, None]).squeeze(-1)
         return shares(draw)
 
-    cases = [(logits, 1.0, 1.0), (logits, 1.0, 0.8), (logits, 0.5, 1.0), (logits, 0.6, 0.9), (logits, 1.5, 0.7)]
+    cases = [(logits, 1.0, 1.0), (logits, 1.0, 0.8), (logits, 0.6, 0.9), (logits, 0.5, 1.0), (logits, 1.5, 0.7)]
     return compare(shares(solution), shares(program_sample), cases, {
         "drops the token that crosses top_p; it is the last one that stays":
             variant(lambda z, t, p: cut((z / t).softmax(-1), p, crossing=False)),

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import check_model
+import check_training
 import checks
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import compare
 
 from teacher import choose
 
@@ -249,6 +252,18 @@ HANDED_IN = [
 def test_a_usual_slip_is_told_by_its_name(name, solution, hint):
     message = checks.verdict(SimpleNamespace(**{name: solution}))
     assert message and message.startswith(name) and hint in message
+
+
+def test_every_slip_that_is_known_is_told_from_the_others(monkeypatch):
+    calls = []
+    for module in (check_model, check_training):
+        monkeypatch.setattr(module, "compare", lambda *args, **options: calls.append((args, options)))
+    for name, check in checks.CHECKS.items():
+        check(getattr(checks.SOLUTIONS, name))
+    assert len(calls) == 5
+    for (_, right, cases, slips, parts), options in calls:
+        for hint, wrong in slips.items():
+            assert compare(wrong, right, cases, slips, parts, **options) == hint
 
 
 @pytest.mark.parametrize("name, solution", [
