@@ -264,8 +264,11 @@ SETTINGS = {"rows 128, micro-batch 16,384, blocks kept": dict(micro_batch=16384,
             "rows 16, micro-batch 2,048, computed again": dict(micro_batch=2048, rows=16)}
 
 
+SIZES = plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16, device="cuda")
+
+
 def memory(**settings):
-    return plan.memory(Config(**settings), plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))
+    return plan.memory(Config(**settings), SIZES)
 
 
 def table_memory():
@@ -278,7 +281,7 @@ def table_memory():
 
 def refusal():
     with pytest.raises(ValueError) as error:
-        plan.fit(Config(), plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16), "cuda", 80 * plan.GIB)
+        plan.fit(Config(), SIZES, "cuda", 80 * plan.GIB)
     return textwrap.fill(f"error: {error.value}", 120, initial_indent="    ", subsequent_indent="    ") + "\n"
 
 

@@ -5,11 +5,7 @@ import torch.nn.functional as F
 from comparing import clone, compare
 
 from model import LM, ModelConfig
-
-try:
-    from sampler import sample as program_sample
-except ImportError:
-    from model import sample as program_sample
+from sampler import sample as program_sample
 
 # 2. The KV cache.
 
