@@ -73,7 +73,8 @@ def spoil_json(text: bytes, rng) -> bytes | None:
     while containers:
         container = containers.pop()
         places += [(container, key) for key in (container if isinstance(container, dict) else range(len(container)))]
-        containers += [v for v in (container.values() if isinstance(container, dict) else container) if isinstance(v, (dict, list))]
+        values = container.values() if isinstance(container, dict) else container
+        containers += [v for v in values if isinstance(v, (dict, list))]
     container, key = rng.choice(places)
     match rng.randrange(4):
         case 0 if container is not root:
@@ -146,8 +147,9 @@ def report(data, directory):
     from record import read_runs
     from report import page
     read = refusing(read_runs, [written(data, directory)])
-    if read:
-        assert refusing(page, *read) is None or True
+    made = read and refusing(page, *read)
+    if made:
+        assert made.startswith("<!DOCTYPE html>") and len(made) < 1_000_000 + 9 * len(data) and "<script" not in made.lower()
 
 
 def checkpoint(data, directory):
@@ -211,8 +213,10 @@ def refusing(read, *args):
 
 def reward_seeds():
     texts = (r"So \boxed{1} no, \boxed{\frac{1}{2}}", r"\boxed{-\$1,234.50 \text{ dollars}}", r"\boxed{x \in [-2,\infty)}",
-             r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}} \boxed{50\%", r"\boxed{2\sqrt{5}\cdot 10,\! 080^{\circ}}", r"\boxed{(B)}.")
-    return [answer.encode() + b"\0" + text.encode() for text, answer in zip(texts, ("1/2", "-1234.5", "[-2,∞)", "0.5", "7 cm", "B"))]
+             r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}} \boxed{50\%", r"\boxed{2\sqrt{5}\cdot 10,\! 080^{\circ}}",
+             r"\boxed{(B)}.")
+    answers = ("1/2", "-1234.5", "[-2,∞)", "0.5", "7 cm", "B")
+    return [answer.encode() + b"\0" + text.encode() for text, answer in zip(texts, answers)]
 
 
 def feedback_seeds():
@@ -223,13 +227,14 @@ def feedback_seeds():
 def problem_seeds():
     entries = [{"question": "a", "answer": "1"}, {"problem": "b", "answer": 1234.5}, {"question": "c", "answer": "x\n#### 7"}]
     lines = "\n".join(map(json.dumps, entries)).encode()
-    return [joined({"a.jsonl": lines}), joined({"a.json": json.dumps(entries).encode()}), joined({"a.json": b"\xef\xbb\xbf" + lines})]
+    files = {"a.jsonl": lines}, {"a.json": json.dumps(entries).encode()}, {"a.json": b"\xef\xbb\xbf" + lines}
+    return list(map(joined, files))
 
 
 def tokenizer_seeds():
     import base64
 
-    from data.chat import BUILTIN_SPECIAL, FAMILIES
+    from data.chat import FAMILIES
     from data.tokenizer import BYTES, LLAMA3_PATTERN, QWEN2_PATTERN
     vocab, merges = BYTES | {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259}, [["a", "b"], ["Ġ", "c"], ["ab", "Ġc"], ["ab", "ab"]]
     seeds = []
@@ -243,14 +248,14 @@ def tokenizer_seeds():
         template = "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' <|eot_id|>Cutting Knowledge Date"
         seeds.append(joined({"tokenizer_config.json": json.dumps({"eos_token": {"content": FAMILIES[name].end}, "chat_template": [
                                  {"name": "default", "template": template}]}).encode(),
-                             "generation_config.json": b'{"eos_token_id": [260, 261]}', "tokenizer.json": json.dumps(content).encode(),
+                             "generation_config.json": b'{"eos_token_id": [260, 261]}',
+                             "tokenizer.json": json.dumps(content).encode(),
                              **({"chat_template.jinja": template.encode()} if name == "chatml" else {})}))
     ids = {str(262 + i): {"content": token} for i, token in enumerate(FAMILIES["chatml"].markers)}
     seeds.append(joined({"vocab.json": json.dumps(vocab).encode(), "merges.txt": "#version\n".encode() + "\n".join(
         map(" ".join, merges)).encode(), "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode()}))
     ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
     seeds += [joined({"tokenizer.model": ranks}), joined({"wordproblems.tiktoken": ranks + b"YWI= 256\n"})]
-    assert len(BUILTIN_SPECIAL) == 5
     return seeds
 
 
@@ -267,21 +272,25 @@ def model_seeds():
     for changes in ({"rope_scaling": rope}, {"qkv_bias": True, "tie_embeddings": True}, {"qk_norm": True}):
         made = LM(ModelConfig(8, 4, 2, 2, 1, 2, 4, **changes))
         with tempfile.TemporaryDirectory() as home:
-            weights.write_directory(f"{home}/m", weights.config_to_json(made.config), made.disk_tensors(), {"tokenizer.json": b"{}"},
-                                    shard_bytes=400 if changes.get("qk_norm") else 10**6)
+            weights.write_directory(f"{home}/m", weights.config_to_json(made.config), made.disk_tensors(),
+                                    {"tokenizer.json": b"{}"}, shard_bytes=400 if made.config.qk_norm else 10**6)
             seeds.append(joined({p.name: p.read_bytes() for p in sorted(Path(home, "m").iterdir())}))
     return seeds
 
 
 def report_seeds():
-    metrics = [{"step": s, "reward": 0.5, "sampled_accuracy": s / 4, "reflection_rate": 0.1, "eval_accuracy": 0.4, "eval_accuracy_se": 0.1,
-                "eval_reflection_rate": 0.2, "fraction": 0.1 * (s < 2), "teacher_asked": 4, "teacher_parsed": 3, "guided": 2,
-                "guided_reward": 1, "guided_original_reward": 0, "guided_share_of_rollouts": 0.1, "behaviours": {"self-critique": 2},
+    metrics = [{"step": s, "reward": 0.5, "sampled_accuracy": s / 4, "reflection_rate": 0.1, "eval_accuracy": 0.4,
+                "eval_accuracy_se": 0.1, "eval_reflection_rate": 0.2,
+                "fraction": 0.1 * (s < 2), "teacher_asked": 4, "teacher_parsed": 3, "guided": 2,
+                "guided_reward": 1, "guided_original_reward": 0, "guided_share_of_rollouts": 0.1,
+                "behaviours": {"self-critique": 2},
                 "entropy": 0.2, "tokens_per_second": 50.0, "w_guided": 0.9, "pi_guided": 0.1} for s in range(4)]
     lines = [{"step": s, "question": "q", "answer": "4", "student": r"\boxed{3}", "attempt_right": False, "opinion": "incorrect",
-              "reason": "r", "phrase": "p", "guidance": "\n\nr\n\np", "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
+              "reason": "r", "phrase": "p", "guidance": "\n\nr\n\np",
+              "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
               "reward": 1.0, "advantage": 1.5} for s in (0, 1, 3)]
-    summary = {"base": {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1, "wrong_to_right": 3}, "grpo": {"accuracy": 0.9}}
+    base = {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1, "wrong_to_right": 3}
+    summary = {"base": base, "grpo": {"accuracy": 0.9}}
     files = {"config.json": json.dumps({"method": "thinktuning", "seed": 0, "steps": 4, "samples": 3, "learning_rate": 1e-4}),
              "metrics.jsonl": "\n".join(map(json.dumps, metrics)), "transcripts.jsonl": "\n".join(map(json.dumps, lines))}
     return [joined({k: v.encode() for k, v in {**files, **more}.items()}) for more in ({}, {"summary.json": json.dumps(summary)})]
@@ -301,6 +310,7 @@ def checkpoint_seeds():
 
 
 READERS = {  # name: (reader, its valid inputs, runs in the fuzz tests)
-    "reward": (reward, reward_seeds, 20_000), "feedback": (feedback, feedback_seeds, 20_000),
-    "problems": (problems, problem_seeds, 5_000), "tokenizer": (tokenizer, tokenizer_seeds, 2_000),
-    "model": (model, model_seeds, 1_500), "report": (report, report_seeds, 1_000), "checkpoint": (checkpoint, checkpoint_seeds, 1_500)}
+    "reward": (reward, reward_seeds, 20_000), "feedback": (feedback, feedback_seeds, 100_000),
+    "problems": (problems, problem_seeds, 6_000), "tokenizer": (tokenizer, tokenizer_seeds, 4_000),
+    "model": (model, model_seeds, 5_000), "report": (report, report_seeds, 2_000),
+    "checkpoint": (checkpoint, checkpoint_seeds, 500)}

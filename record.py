@@ -142,7 +142,8 @@ def writable(path) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if other := next((p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None):
-        raise ValueError(f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give another --out")
+        raise ValueError(f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
+                         "another --out")
     with tempfile.TemporaryFile(dir=path):
         return path
 

@@ -316,10 +316,11 @@ def transcripts(groups, room: int) -> str:
     found = []
     for g in groups:
         lines = g.runs[0].transcripts
-        found += [(rank, g.name, step, why, article(line)) for step, why in telling_steps(lines).items()
+        found += [(rank, g.name, step, why, line) for step, why in telling_steps(lines).items()
                   for rank, line in enumerate(line for line in lines if line["step"] == step)]
     kept = defaultdict(list)
-    for rank, name, step, why, text in sorted(found, key=lambda f: f[0]):  # one of each step first
+    for rank, name, step, why, line in sorted(found, key=lambda f: f[0]):  # one of each step first
+        text = article(line)
         if len(text.encode()) <= room:
             room -= len(text.encode())
             kept[name, step, why].append(text)
