@@ -341,6 +341,13 @@ def test_a_question_of_a_data_set_writes_no_turn_and_answers_for_nobody(tmp_path
         assert reward(rollout) == 0
 
 
+def test_a_thought_that_could_begin_and_never_end_is_refused(tmp_path):
+    files = hostile.parted(hostile.tokenizer_seeds()[1])
+    (tmp_path / "tokenizer.json").write_bytes(files["tokenizer.json"].replace(b'"</think>"', b'"</thonk>"'))
+    with pytest.raises(ValueError, match="<think> but not </think>"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_complaint_is_one_line_of_what_a_terminal_prints(tmp_path, capsys):
     for name in ("\x1b[31m\nred", "x\n" * 5000):
         assert main(["report", str(tmp_path / name)]) == 2

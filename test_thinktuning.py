@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 
 import demo
-import record
 import thinktuning
 from data import Problem, load_problems, wordproblems
 from data.scores import majority, mean_and_se, pass_at_k, score
@@ -517,7 +516,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(model_directory, tmp_path, cap
         pytest.skip("/dev/full is not here")
     run = tmp_path / "run"
     full = lambda path, mode: open("/dev/full" if "transcripts" in str(path) else path, mode)
-    monkeypatch.setattr(record, "open", full, raising=False)
+    monkeypatch.setattr("record.open", full, raising=False)
     err = complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--out", run, "--method", "grpo", "--steps",
                     "1", "--questions", "2", "--max-tokens", "8", status=1)
     assert "No space left" in err
