@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from config import RunFailed
 from distributed import full, like
+from files import read_json, regular
+from weights import tensor_shapes
 
 
 def save(directory: Path, step: int, student, optimizer, config: dict, keep: int, is_first=True) -> None:
@@ -67,7 +69,8 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
     for path in found:
         try:
             step = verified_step(path, config)
-        except (OSError, ValueError, KeyError) as error:
+            check_tensors(path, student, optimizer)
+        except (OSError, ValueError) as error:
             print(f"{path} is damaged ({error}); going back to the one before", file=sys.stderr)
             continue
         load_tensors(path, student, optimizer)
@@ -79,13 +82,28 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
 
 def verified_step(path: Path, config: dict) -> int:
     """The number of steps of a checkpoint whose files are what its state.json says they are."""
-    state = json.loads((path / "state.json").read_text())
-    if state["config_sha256"] != hash_of(config):
+    state = read_json(path / "state.json")
+    step, sums = state.get("step"), state.get("sha256")
+    if type(step) is not int or path.name != f"step-{step:08}":
+        raise ValueError("its state.json is of another step")
+    if state.get("config_sha256") != hash_of(config):
         raise ValueError("it belongs to another configuration")
-    for name, expected in state["sha256"].items():
-        if checksum(path / name) != expected:
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        if not isinstance(sums, dict) or sums.get(name) != checksum(regular(path / name)):
             raise ValueError(f"{name} has changed since it was written")
-    return state["step"]
+    return step
+
+
+def check_tensors(path: Path, student, optimizer) -> None:
+    """Raises ValueError unless the tensors are those of this student and of AdamW, by name and shape."""
+    if tensor_shapes(path / "model.safetensors") != {n: tuple(t.shape) for n, t in weights(student, optimizer).items()}:
+        raise ValueError("its weights are not shaped as the model's")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {f"{i}.{key}": shape for i, p in enumerate(parameters)
+             for key, shape in (("step", ()), ("exp_avg", tuple(p.shape)), ("exp_avg_sq", tuple(p.shape)))}
+    found = tensor_shapes(path / "optimizer.safetensors")
+    if found and found != state:  # empty until the first step with a finite gradient
+        raise ValueError("its moments are not shaped as the optimiser's")
 
 
 def hash_of(config: dict) -> str:

@@ -44,7 +44,8 @@ TROUBLE = {  # what torch's own errors say on a GPU, on a CPU, and of several pr
 def complain(error, status: int) -> int:
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'writing'}: {error.strerror}"
-    print(f"error: {error}", file=sys.stderr)
+    # Names and values out of a stranger's files may stand in it: one line, which moves no cursor.
+    print("error:", "".join(c if c.isprintable() else "\ufffd" for c in str(error)[:2000]), file=sys.stderr)
     return status
 
 
@@ -57,7 +58,7 @@ def prepare_train(args):
     from distributed import World
     from record import Run
     from thinktuning import make_teacher, train
-    from weights import read_json
+    from files import read_json
 
     config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
                                                                      if hasattr(args, f.name)}})
@@ -67,7 +68,8 @@ def prepare_train(args):
         if not args.resume:
             raise ValueError(f"{out} already holds a run: continue it with --resume, or give another directory with --out")
         if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another size would round differently
-            config = replace(config, micro_batch=read_json(out / "config.json").get("micro_batch", 0))
+            before = read_json(out / "config.json").get("micro_batch")
+            config = replace(config, micro_batch=before if type(before) is int and before > 0 else 0)
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 
 import checkpoint
+from config import RunFailed
 from data.reward import is_correct
 from data.scores import reflects
 from distributed import World
+from files import parse_json, read_json, regular
 from grpo import shaped_ratio
 from teacher import behaviour
-from weights import read_json
 
 try:
     import fcntl
@@ -60,6 +61,8 @@ class Run:
             return 0, []
         self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
         kept = [cut(file, self.began_at, self.is_first) for file in self.files]
+        if any(type(m.get(key)) not in (int, float) for m in kept[0] for key in ("skipped", "teacher_asked", "teacher_parsed")):
+            raise RunFailed(f"{self.files[0]} is not what a run writes: start anew in another directory")
         if self.is_first:
             self.close()
             self.metrics, self.transcripts = (open(file, "a") for file in self.files)
@@ -118,12 +121,9 @@ def lock(path: Path):
 def cut(path: Path, step: int, write: bool) -> list[dict]:
     """Take the lines of `step` and later out of a .jsonl file, a half-written last one too; returns those that stay."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if entry["step"] >= step or not line.endswith("\n"):
+    for line in regular(path).read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
+        entry = parse(line)
+        if not is_entry(entry) or entry["step"] >= step or not line.endswith("\n"):
             break
         kept.append((line, entry))
     if write:
@@ -135,9 +135,15 @@ def cut(path: Path, step: int, write: bool) -> list[dict]:
 
 
 def writable(path) -> Path:
-    """Make the directory `path`; raises OSError now, not after an hour's work, if files cannot be made in it."""
+    """Make the directory `path`; raises OSError now, not after an hour's work, if files cannot be made in it.
+
+    ValueError if it holds a link, through which what is written would end up elsewhere, or a pipe or device.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    if other := next((p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None):
+        raise ValueError(f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
+                         "another --out")
     with tempfile.TemporaryFile(dir=path):
         return path
 
@@ -171,7 +177,7 @@ def read_runs(paths) -> tuple[list[Recorded], list[dict]]:
 
 
 def read_object(path: Path) -> dict:
-    value = parse(path.read_text(encoding="utf-8", errors="replace"))
+    value = parse(regular(path).read_text(encoding="utf-8", errors="replace"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object; restore it or run again")
     return value
@@ -179,19 +185,23 @@ def read_object(path: Path) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(regular(path).read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if line.strip():
             entry = parse(line)
-            if not isinstance(entry, dict) or type(entry.get("step")) is not int or not 0 <= entry["step"] < 10**9:
+            if not is_entry(entry):
                 raise ValueError(f'{path}, line {number}: not a JSON object with a "step"; restore or delete that line')
             entries.append(entry)
     return entries
 
 
+def is_entry(value) -> bool:
+    return isinstance(value, dict) and type(value.get("step")) is int and 0 <= value["step"] < 10**9
+
+
 def parse(text: str):
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

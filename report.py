@@ -41,7 +41,7 @@ def prepare(args):
     text = page(*read_runs(args.runs))
 
     def job():
-        out.write_text(text, encoding="utf-8")
+        write_page(out, text)
         print(f"{out}, {len(text.encode()) / 1000:,.0f} kB")
 
     return job
@@ -49,7 +49,13 @@ def prepare(args):
 
 def write_report(path) -> None:
     """report.html in the directory of a run or a demonstration."""
-    (Path(path) / "report.html").write_text(page(*read_runs([path])), encoding="utf-8")
+    write_page(Path(path) / "report.html", page(*read_runs([path])))
+
+
+def write_page(out: Path, text: str) -> None:
+    if out.is_symlink():  # in a directory that somebody else made it could lead anywhere
+        raise FileExistsError(f"{out} is a link: nothing was written; take it away, or give another file with --out")
+    out.write_text(text, encoding="utf-8")
 
 
 def page(runs: list[Recorded], summaries: list[dict]) -> str:
@@ -257,7 +263,8 @@ def teacher_curves(group: Group, several: bool) -> str:
 def teacher_left(group: Group) -> int | None:
     """The first step without help after the last one with it; None: no teacher came, or it stayed."""
     helped = [m["step"] for r in group.runs for m in r.metrics if number(m, "fraction")]
-    return min((m["step"] for r in group.runs for m in r.metrics if helped and m["step"] > max(helped)), default=None)
+    last = max(helped, default=math.inf)
+    return min((m["step"] for r in group.runs for m in r.metrics if m["step"] > last), default=None)
 
 
 def share(part: str, whole: str):
@@ -309,10 +316,11 @@ def transcripts(groups, room: int) -> str:
     found = []
     for g in groups:
         lines = g.runs[0].transcripts
-        found += [(rank, g.name, step, why, article(line)) for step, why in telling_steps(lines).items()
+        found += [(rank, g.name, step, why, line) for step, why in telling_steps(lines).items()
                   for rank, line in enumerate(line for line in lines if line["step"] == step)]
     kept = defaultdict(list)
-    for rank, name, step, why, text in sorted(found, key=lambda f: f[0]):  # one of each step first
+    for rank, name, step, why, line in sorted(found, key=lambda f: f[0]):  # one of each step first
+        text = article(line)
         if len(text.encode()) <= room:
             room -= len(text.encode())
             kept[name, step, why].append(text)
@@ -327,9 +335,10 @@ def telling_steps(lines) -> dict[int, str]:
     """Steps worth reading and why: the first, the last with a teacher, the one after it, the last."""
     steps = sorted({line["step"] for line in lines})
     guided = [line["step"] for line in lines if line.get("guidance")]
-    after = [s for s in steps if guided and s > max(guided)]
+    last = max(guided, default=math.inf)
+    after = [s for s in steps if s > last]
     told = {s: "the last step" for s in steps[-1:]} | {s: "the first on its own" for s in after[:1]} \
-        | ({max(guided): "the teacher’s last"} if guided else {}) | {s: "the first step" for s in steps[:1]}
+        | ({last: "the teacher’s last"} if guided else {}) | {s: "the first step" for s in steps[:1]}
     return dict(sorted(told.items()))
 
 

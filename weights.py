@@ -7,83 +7,135 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from files import read_json, regular
+
 A_MODEL_DIRECTORY = "a model directory holds config.json, model.safetensors and a tokenizer"
 WRITTEN = ("config.json", "model.safetensors.index.json")  # by LM.save itself
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+FLOATS = ("F64", "F32", "F16", "BF16")
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}") from None
-    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of 5,000 digits
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where the model came from") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
 
 
 def read_config(directory) -> tuple[dict, dict]:
     """(ModelConfig's fields, the raw JSON) of a Hugging Face config.json, in its older or its transformers-5 spelling.
 
-    What LM does not do is refused by name.
+    What LM does not do is refused by name, and so are sizes that are not those of the tensors beside it.
     """
     path = Path(directory) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}")
     raw = read_json(path)
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    try:
+        fields = config_fields(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    check_sizes(Path(directory), fields)
+    return fields, raw
+
+
+def config_fields(raw: dict) -> dict:
+    """ModelConfig's fields from a config.json's content; ValueError says what is not supported or not sensible."""
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {short(architecture)} is not supported; known are {', '.join(ARCHITECTURES)}")
     for key in ("quantization_config", "use_sliding_window", "attention_bias", "mlp_bias"):
         if raw.get(key):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor = {raw['partial_rotary_factor']!r} is not supported")
-    if "sliding_attention" in (raw.get("layer_types") or ()):
-        raise ValueError(f"{path}: layer_types has sliding_attention, which is not supported")
+            raise ValueError(f"{key} = {short(raw[key])} is not supported")
+    for key, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+        if raw.get(key, only) != only:
+            raise ValueError(f"{key} {short(raw[key])} is not supported, only {only!r}")
+    if "sliding_attention" in (raw["layer_types"] if isinstance(raw.get("layer_types"), list) else ()):
+        raise ValueError("layer_types has sliding_attention, which is not supported")
+    tied = raw.get("tie_word_embeddings") or False
+    if tied is not True and tied is not False:
+        raise ValueError(f"tie_word_embeddings = {short(tied)} must be true or false")
+    sizes, eps = model_sizes(raw), raw.get("rms_norm_eps", 1e-6)
+    theta, scaling = rotation(raw)
+    for name, value in {"rms_norm_eps": eps, "rope_theta": theta, **(scaling or {})}.items():
+        if name in ("rms_norm_eps", "rope_theta", *LLAMA3_ROPE) and not (type(value) in (int, float) and 0 < value < 1e30):
+            raise ValueError(f"{name} = {short(value)} must be a number above 0")
+    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("low_freq_factor must be below high_freq_factor")
+    return {**sizes, "norm_eps": eps, "rope_theta": float(theta), "rope_scaling": scaling, "tie_embeddings": tied,
+            **ARCHITECTURES[architecture]}
+
+
+def rotation(raw: dict) -> tuple:
+    """(rope_theta, Llama 3's scaling or None), as they are written."""
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
     for key in ("rope_scaling", "rope_parameters"):  # the older spelling, the newer one
         if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is no JSON object")
+            raise ValueError(f"{key} = {short(raw[key])} is no JSON object")
         rope |= raw.get(key) or {}
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise ValueError(f"rope type {short(kind)} is not supported, only 'default' and 'llama3'")
     if kind == "llama3" and (missing := LLAMA3_ROPE - rope.keys()):
-        raise ValueError(f"{path}: its llama3 rope scaling lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"its llama3 rope scaling lacks {', '.join(sorted(missing))}")
+    return theta, rope if kind == "llama3" else None
+
+
+def model_sizes(raw: dict) -> dict[str, int]:
     try:
         heads = raw["num_attention_heads"]
-        sizes = {"vocab_size": raw["vocab_size"], "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"], "n_heads": heads,
-                 "n_kv_heads": raw.get("num_key_value_heads") or heads, "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-                 "ffn_dim": raw["intermediate_size"], "max_seq_len": raw.get("max_position_embeddings", 2048)}
+        sizes = {"vocab_size": raw["vocab_size"], "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"],
+                 "n_heads": heads, "n_kv_heads": raw.get("num_key_value_heads") or heads,
+                 "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads, "ffn_dim": raw["intermediate_size"],
+                 "max_seq_len": raw.get("max_position_embeddings", 2048)}
     except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: a size is not a number or is zero ({error})") from None
-    if bad := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
-        raise ValueError(f"{path}: {', '.join(bad)} must be whole numbers from 1 up")
+        raise ValueError(f"{error.args[0]!r} is missing") from None
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"a size is not a number or is zero ({error})") from None
+    if bad := [name for name, size in sizes.items() if type(size) is not int or not 0 < size < 1 << 31]:
+        raise ValueError(f"{', '.join(bad)} must be whole numbers from 1 up (and below 2^31)")
     if sizes["head_dim"] % 2:
-        raise ValueError(f"{path}: head_dim {sizes['head_dim']} is odd; rotary embeddings turn pairs")
-    eps = raw.get("rms_norm_eps", 1e-6)
-    numbers = {"rope_theta": theta, "rms_norm_eps": eps, **(rope if kind == "llama3" else {})}
-    for name in ("rope_theta", "rms_norm_eps", *sorted(LLAMA3_ROPE & numbers.keys())):
-        if not isinstance(numbers[name], (int, float)) or not numbers[name] > 0:
-            raise ValueError(f"{path}: {name} = {numbers[name]!r} must be a number above 0")
+        raise ValueError(f"head_dim {sizes['head_dim']} is odd; rotary embeddings turn pairs")
     if heads % sizes["n_kv_heads"]:
-        raise ValueError(f"{path}: {heads} query heads cannot share {sizes['n_kv_heads']} key/value heads evenly")
-    return {**sizes, "norm_eps": eps, "rope_theta": float(theta), "rope_scaling": rope if kind == "llama3" else None,
-            "tie_embeddings": raw.get("tie_word_embeddings", False), **ARCHITECTURES[architecture]}, raw
+        raise ValueError(f"{heads} query heads cannot share {sizes['n_kv_heads']} key/value heads evenly")
+    return sizes
+
+
+def check_sizes(directory: Path, fields: dict) -> None:
+    """Raises ValueError unless a model of these sizes has the tensors that are there, so that none larger is ever allocated.
+
+    Names and shapes of all tensors are compared later, by read_tensors; here it is one of each size, and every layer
+    with the first.
+    """
+    shapes: dict[str, tuple] = {}
+    for file in sorted(set(tensor_places(directory).values())):
+        shapes |= tensor_shapes(file)
+    layers: dict[str, dict] = {}
+    for name, shape in shapes.items():
+        if match := LAYER.fullmatch(name):
+            layers.setdefault(match[1], {})[match[2]] = shape
+    if len(layers) != fields["n_layers"]:
+        last = max(filter(LAYER.fullmatch, shapes), default="none")
+        raise ValueError(f"{directory}: config.json asks for {fields['n_layers']} layers, there are tensors of {len(layers)} "
+                         f"(such as {last})")
+    dim, heads = fields["dim"], "model.layers.0.self_attn."
+    for name, rows in (("model.embed_tokens.weight", fields["vocab_size"]),
+                       (heads + "q_proj.weight", fields["n_heads"] * fields["head_dim"]),
+                       (heads + "k_proj.weight", fields["n_kv_heads"] * fields["head_dim"]),
+                       ("model.layers.0.mlp.gate_proj.weight", fields["ffn_dim"])):
+        if name not in shapes:
+            raise ValueError(f"{directory} lacks tensors for its config.json: {name}")
+        if shapes[name] != (rows, dim):
+            raise ValueError(f"{directory}: {name} has shape {shapes[name]}, config.json asks for {(rows, dim)}")
+    for i, layer in layers.items():
+        if other := layer.items() ^ layers["0"].items():
+            raise ValueError(f"{directory}: model.layers.{i} and model.layers.0 differ in the tensor or shape of {min(other)[0]}")
 
 
 def config_to_json(config) -> dict:
@@ -131,10 +183,9 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
 def tensor_places(directory: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it: model.safetensors, or the shards that an index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        with opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index.is_file():
+    if single.exists():
+        return dict.fromkeys(tensor_shapes(single), single)
+    if not index.exists():
         raise FileNotFoundError(f"{single} is missing: {A_MODEL_DIRECTORY}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -142,30 +193,39 @@ def tensor_places(directory: Path) -> dict[str, Path]:
     held = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        # A stranger's index must not reach out of its directory; hubs link a file to a cache beside it, which is fine.
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} names the file {shard!r}; shards are .safetensors files in the same directory")
-        if not path.is_file():
+            raise ValueError(f"{index} names the file {short(shard)}; shards are .safetensors files in the same directory")
+        if not path.exists():
             raise FileNotFoundError(f"{path} is missing, though {index.name} names it: the directory is half written")
-        with opened(path) as file:
-            held |= dict.fromkeys(file.keys(), path)
-    if wrong := [name for name, shard in weight_map.items() if held.get(name) != directory / shard]:
-        raise ValueError(f"{index} says that {wrong[0]} is in {weight_map[wrong[0]]}, where it is not; copy the directory again")
+        held |= dict.fromkeys(tensor_shapes(path), path)
+    wrong = next((name for name, shard in weight_map.items() if held.get(name) != directory / shard), None)
+    if wrong is not None:
+        raise ValueError(f"{index} says that {wrong} is in {weight_map[wrong]}, where it is not; copy the directory again")
     return held
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of one file, from its header alone; ValueError if some are not of FLOATS."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        for name, tensor in slices.items():
+            if tensor.get_dtype() not in FLOATS:  # integers would need scales that no file of this layout has
+                raise ValueError(f"{path}: {name} is stored as {tensor.get_dtype()}; only {', '.join(FLOATS)} can be read")
+        return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
 
 @contextmanager
 def opened(path: Path):
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); copy it again") from None
+        raise ValueError(f"{path} is damaged or incomplete ({str(error)[:200]}); copy it again") from None
 
 
 def read_companions(directory) -> dict[str, bytes]:
     """The small files that travel with a model untouched: tokenizer, generation settings, chat template, licence."""
-    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())
+    return {path.name: regular(path).read_bytes() for path in sorted(Path(directory).iterdir())
             if path.is_file() and path.name not in WRITTEN and not path.name.startswith(".")
             and path.suffix in (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", "") and path.stat().st_size < 1 << 26}
 

@@ -115,6 +115,8 @@ def variant(family: str, special: dict[str, int], published: str) -> dict:
                              "<think> and </think>; use a model that can do without thinking")
         return {"thinks": thinks, "system": system and system[2].encode("ascii", "backslashreplace").decode("unicode-escape")}
     if "<think>" in special:
+        if "</think>" not in special:
+            raise ValueError("it has the special token <think> but not </think>; download the tokenizer files again")
         return {"thinks": True}
     if "<tool_call>" in special:  # Qwen2.5
         return {"system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}

@@ -4,8 +4,11 @@ tiktoken splits and merges; this file tells it how, from whichever tokenizer fil
 tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
 All are byte-level BPE, so any text has ids and comes back from them; anything else is refused by name.
 
-The ids are those of the `tokenizers` library. One exception is known: where a file asks for NFC, text in which
+The ids are those of the `tokenizers` library. Two exceptions are known. Where a file asks for NFC: text in which
 one of 99 combining marks stands next to another, because that library's NFC is Unicode 9's, Python 3.11's is 14's.
+And text of more than SLICE characters, which is split there whatever stands there.
+
+The files may be a stranger's: no pattern is taken from them that is not known here, and ids and lengths are bounded.
 """
 
 import base64
@@ -13,11 +16,15 @@ import json
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import tiktoken
 
 from data.chat import BUILTIN_SPECIAL, FAMILIES, recognise, variant
+from files import regular
+
+SLICE = 100_000  # characters given to tiktoken at a time: on a million spaces in a row it would panic
 
 
 class Tokenizer:
@@ -43,7 +50,7 @@ class Tokenizer:
         directory = Path(path)
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory; give the one with the model's tokenizer files")
-        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+        files = {name: regular(directory / name).read_bytes() for name in FILES if (directory / name).exists()}
         try:
             return cls(read_vocabulary(files), files)
         except ValueError as error:
@@ -67,7 +74,8 @@ class Tokenizer:
         """The ids of plain text: "<|eot_id|>" written in it is not the special token, only its letters."""
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
-        return [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
+        slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
+        return [self._ids[rank] for part in slices for rank in self._encoding.encode_ordinary(part)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids. Ids past the vocabulary (models pad their embedding with some) are no text."""
@@ -102,11 +110,11 @@ def stop_ids(files, special, end) -> set[int]:
     """Every id that ends a turn: chat models often have several, named in different files."""
     stop = {special[end]}
     eos = read_json(files, "generation_config.json").get("eos_token_id")
-    stop |= {eos} if isinstance(eos, int) else set(eos or ())
+    stop |= set(checked_ids([eos] if isinstance(eos, int) else eos or ()))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         eos = named_tokens(files, name).get("eos_token")
         if eos is not None and eos not in special:
-            raise ValueError(f"{name} has the eos_token {eos!r}, which is not a special token of this vocabulary")
+            raise ValueError(f"{name} has the eos_token {short(eos)}, which is not a special token of this vocabulary")
         stop |= {special[eos]} if eos else set()
     return stop
 
@@ -123,6 +131,7 @@ BUILTIN_PATTERN = (r"</?[a-z]+>| ?\\boxed\{| ?[A-Za-z']+(?: (?=[0-9]))?| [-+*/=]
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+KNOWN_PATTERNS = (LLAMA3_PATTERN, QWEN2_PATTERN)  # that a Split may name
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's after digits have been cut out: no space joins them, and spaces before them end a text as far as (?!\S) sees.
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}+").replace(r"(?!\S)", r"(?![^\s\p{N}])")
@@ -131,6 +140,9 @@ DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}+").replace(r"(?!\S)",
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
                   "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
+
+
+MOST_CHARACTERS = 256  # of a token; Llama 3's longest is 128 spaces. To look for the merges of one takes the square
 
 
 class Vocabulary(NamedTuple):
@@ -156,7 +168,7 @@ def read_vocabulary(files) -> Vocabulary:
 
 def from_ranks(files, name, pattern, special) -> Vocabulary:
     ranks = parse_ranks(files[name], name)
-    first = max(ranks.values()) + 1
+    first = max(checked_ids(ranks.values())) + 1
     return Vocabulary(pattern, {i: token for token, i in ranks.items()}, sorted(ranks.values()),
                       {token: first + i for i, token in enumerate(special)})
 
@@ -164,12 +176,12 @@ def from_ranks(files, name, pattern, special) -> Vocabulary:
 def from_tokenizer_json(config) -> Vocabulary:
     model, normalizer = config["model"], config.get("normalizer") or {"type": None}
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"tokenizer.json holds a {model['type']} model; only byte-level BPE can be read")
+        raise ValueError(f"tokenizer.json holds a {short(model['type'])} model; only byte-level BPE can be read")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise ValueError(f"tokenizer.json asks for {option}, which byte-level BPE models do without")
     if normalizer["type"] not in (None, "NFC"):
-        raise ValueError(f"tokenizer.json asks for the normalizer {normalizer['type']}; only NFC or none can be had")
+        raise ValueError(f"tokenizer.json asks for the normalizer {short(normalizer['type'])}; only NFC or none can be had")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     special = {token["content"]: token["id"] for token in config.get("added_tokens") or ()}
     return from_bpe(pattern_of(config.get("pre_tokenizer")), model["vocab"], merges, special,
@@ -182,14 +194,16 @@ def pattern_of(pre_tokenizer) -> str:
     match steps:
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            # tiktoken drops what the pattern does not match, but here it is a piece too.
-            return rf"(?:{pattern})|(?s:.)+?(?=(?:{pattern})|\z)"
+            if pattern not in KNOWN_PATTERNS:  # a stranger's could take for ever, and be compiled to gigabytes
+                raise ValueError(f"tokenizer.json splits text by a pattern that is not known here ({short(pattern)}); known are "
+                                 "those of Llama 3 and of Qwen")
+            return pattern
         case [{"type": "ByteLevel", "add_prefix_space": False, **options}] if options.get("use_regex", True):
             return GPT2_PATTERN
         case [{"type": "Digits", "individual_digits": individual},
               {"type": "ByteLevel", "add_prefix_space": False, **options}] if options.get("use_regex", True):
             return DIGITS_PATTERN.replace(r"\p{N}+", r"\p{N}") if individual else DIGITS_PATTERN
-    raise ValueError(f"tokenizer.json has the pre_tokenizer {json.dumps(steps)}; only Split and ByteLevel, "
+    raise ValueError(f"tokenizer.json has the pre_tokenizer {json.dumps(steps)[:200]}; only Split and ByteLevel, "
                      "ByteLevel, or Digits and ByteLevel can be read, without add_prefix_space")
 
 
@@ -242,9 +256,12 @@ def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabul
 
     With `whole` (tokenizer.json's ignore_merges) also the others, where one is all of a piece of text.
     """
+    if not isinstance(vocab, dict) or any(len(token) > MOST_CHARACTERS for token in vocab):
+        raise ValueError(f"the vocabulary is no object of tokens of up to {MOST_CHARACTERS} characters and their ids")
+    checked_ids([*vocab.values(), *special.values()])
     for merge in merges:
         if len(merge) != 2 or "".join(merge) not in vocab:
-            raise ValueError(f"the merge {merge} makes no token of the vocabulary; download the tokenizer files again")
+            raise ValueError(f"the merge {short(merge)} makes no token of the vocabulary; download the tokenizer files again")
     made = makeable(merges)
     tokens = [token for token in BYTES if token in vocab] + sorted(made.keys() - special.keys(), key=made.get)
     if whole:
@@ -257,6 +274,14 @@ def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabul
         tokens += others
     return Vocabulary(pattern, {i: to_bytes(token) for token, i in vocab.items()}, [vocab[token] for token in tokens],
                       special, nfc)
+
+
+def checked_ids(ids):
+    """`ids` themselves; ValueError unless each is one that a model's embedding could have a row for."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise ValueError(f"the id {short(i)} is not a whole number from 0 up (and below 2^31)")
+    return ids
 
 
 def makeable(merges) -> dict[str, int]:
