@@ -206,6 +206,7 @@ def prepare_demo(args):
 DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
 
   python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
+  python thinktuning.py --preset mentor            the novelty test: a habit that the student would never come upon
   python thinktuning.py train --model DIR --data gsm8k
   python thinktuning.py eval  --model DIR --data FILE
   python thinktuning.py ask   --model DIR "question"
@@ -224,7 +225,9 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(prepare=prepare_demo)
     demo = top.add_argument_group("the demonstration")
     demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
-    demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
+    demo.add_argument("--preset", default="demo", choices=("demo", "mentor"),
+                      help="mentor: the novelty test, where the teacher quotes a made-up mentor and naming him once is rewarded")
+    demo.add_argument("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
     demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
                       "the answer with an unrelated remark (0.01)")
     demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "

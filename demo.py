@@ -51,9 +51,11 @@ def prepare(args):
         raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
     if args.ablate and args.length_cost:
         raise ValueError("--ablate compares variants without a length cost: give one of the two")
+    if args.preset == "mentor" and (args.ablate or args.length_cost):
+        raise ValueError("--preset mentor goes with neither --ablate nor --length-cost: leave them out")
     unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost), ("-quick", args.quick))
     settings = "".join(name for name, is_so in unusual if is_so)
-    out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
+    out = Path(args.out) if args.out else Path("out") / f"{args.preset}-{args.seed}{settings}"
     writable(out)
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
     # a run on one repeats exactly however many cores there are.
@@ -63,6 +65,10 @@ def prepare(args):
     config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
     config.check()
     tokenizer = Tokenizer.builtin()
+    if args.preset == "mentor":
+        from mentor import compare  # it imports this file
+
+        return lambda: compare(out, cache, recipe, tokenizer, config, args.quick)
     if args.ablate:
         return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate,
                               args.repeats or 3, out, args.quick)
@@ -99,16 +105,16 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
           f"{out}/report.html shows them")
 
 
-def train_one(base, tokenizer, config, path=None, wrap=None):
+def train_one(base, tokenizer, config, path=None, wrap=None, name="the demonstration's base", **more):
     """Train a copy of `base` by `config.method`; returns it and the metrics of every step. The base is the teacher."""
     student = copy.deepcopy(base).requires_grad_(True)
     teacher = make_teacher(base, tokenizer, config) if config.method == "thinktuning" else None
     if teacher and wrap:
         teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
-    run = Run(path, {"model": "the demonstration's base", **vars(config)}, config.method) if path else None
+    run = Run(path, {"model": name, **vars(config)}, config.method) if path else None
     validation = load_problems("wordproblems", "validation")[: config.eval_count] if path else ()
     history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run,
-                    validation=validation)
+                    validation=validation, **more)
     if run:
         run.close()
         write_report(path)

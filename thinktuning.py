@@ -1,6 +1,7 @@
 """ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation.
 
     python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
+    python thinktuning.py --preset mentor            the novelty test: a habit that the student would never come upon
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
@@ -39,7 +40,7 @@ FAULTS = 10  # steps in a row without a finite gradient
 
 
 def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
-          validation=(), world=World()) -> list[dict]:
+          validation=(), world=World(), bonus=lambda rollout: 0.0) -> list[dict]:
     """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
 
     1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
@@ -47,7 +48,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
 
     `run` (a Run) gets metrics, transcripts and checkpoints, and knows where to go on. SIGINT or SIGTERM ends it after the
     step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient. `world`: the processes that take
-    part; afterwards the student is in parts, one a process.
+    part; afterwards the student is in parts, one a process. `bonus`: what a rollout earns beside its answer (mentor.py).
     """
     config.check()
     published = config.published_items
@@ -77,7 +78,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             if fraction > 0:
                 asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
             for r in rollouts:
-                r.reward = reward(r)  # 6
+                r.reward = reward(r) + bonus(r)  # 6
                 if fraction == 0:
                     r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
             rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
