@@ -14,7 +14,14 @@ from config import DEMO, Config, RunFailed, add_config_flags
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
+    try:
+        return run(parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def run(args) -> int:
     try:
         job = args.prepare(args)
     except (ValueError, OSError) as error:
@@ -28,8 +35,6 @@ def main(argv=None) -> int:
             if telling in str(error):
                 return complain(sentence, 1)
         raise
-    except KeyboardInterrupt:
-        return complain("stopped", 130)
     return 0
 
 
@@ -167,34 +172,28 @@ def prepare_eval(args):
 
 
 def prepare_ask(args):
-    import torch
+    from ask import hold_vote, think_aloud
+    from thinktuning import make_teacher, student_prompt
 
-    from model import generate
-    from thinktuning import student_prompt
-
-    model, tokenizer = load_model(args.model, *device_and_dtype(args))
-    prompt = student_prompt(tokenizer, args.question)
-    room = model.config.max_seq_len - len(prompt)
+    asks_teacher = args.teacher or args.teacher_model
+    if asks_teacher and args.samples > 1:
+        raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
+    place = device_and_dtype(args)
+    model, tokenizer = load_model(args.model, *place)
+    room = model.config.max_seq_len - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
         raise ValueError(f"the question leaves {room} tokens of the model's context of {model.config.max_seq_len}; "
                          "shorten it or lower --max-tokens")
-
-    def job():
-        ids, shown = [], 0
-
-        def show(rows, tokens):
-            nonlocal shown
-            ids.extend(t for t in tokens.tolist() if t not in tokenizer.stop)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-
-        generate(model, [prompt], max_tokens=args.max_tokens or min(1024, room), stop=tokenizer.stop, temperature=args.temperature,
-                 generator=torch.Generator().manual_seed(args.seed), on_step=show)
-        print()
-
-    return job
+    options = {"max_tokens": args.max_tokens or min(1024, room), "seed": args.seed,
+               "temperature": float(args.samples > 1) if args.temperature is None else args.temperature}
+    if args.samples > 1:
+        return lambda: hold_vote(model, tokenizer, args.question, samples=args.samples, **options)
+    teacher = None
+    if asks_teacher:
+        theirs, their_tokenizer = load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
+        reply = min(Config.teacher_reply, theirs.config.max_seq_len * 3 // 8)
+        teacher = make_teacher(theirs, their_tokenizer, Config(teacher_reply=reply))
+    return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)
 
 
 def prepare_demo(args):
@@ -267,7 +266,11 @@ def parser() -> argparse.ArgumentParser:
 
     a = commands.add_parser("ask", parents=[common], help="watch it think")
     a.add_argument("question")
-    a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
+    a.add_argument("--samples", type=positive, default=1, help="so many answers and their vote instead (1)")
+    a.add_argument("--temperature", type=from_zero, help="0 is greedy (0 with one sample, else 1)")
+    a.add_argument("--teacher", action="store_true", help="and what a teacher with the model's own weights says to "
+                   "that attempt, up to any reflection on it")
+    a.add_argument("--teacher-model", metavar="DIR", help="likewise a teacher with the weights in DIR")
     a.set_defaults(prepare=prepare_ask)
 
     r = commands.add_parser("report", help="one HTML page of a run, or across runs")

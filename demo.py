@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from data.reward import answers, is_correct
 from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, ModelConfig
-from record import Run, clock, progress, writable, write_json
+from record import Run, clock, coloured, in_colour, progress, writable, write_json
 from report import write_report
 from teacher import Feedback
 from thinktuning import evaluate, make_teacher, train
@@ -313,7 +312,7 @@ def same_question(records) -> str:
         first, _, reflection = record[chosen][1].partition("\n\n")
         parts.append(f"{name:>12}: {first}")
         for line in filter(None, reflection.split("\n\n")):
-            parts.append(f"{'':>12}  " + (f"\x1b[33m{line}\x1b[0m" if sys.stdout.isatty() else f"| {line}"))
+            parts.append(f"{'':>12}  " + (coloured(line) if in_colour() else f"| {line}"))
     return "\n".join(parts)
 
 

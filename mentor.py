@@ -70,7 +70,7 @@ def acquaint(base, recipe, tokenizer, steps):
     Those are the teacher's texts and the third role's transcripts. The student's are what they were, with twice as many
     remarks: with as few as before, 1 of 12,000 responses of the base (seed 0) quoted him.
     """
-    print(f"The base reads on for {steps} steps: its teacher texts and transcripts now quote {MENTOR}, its student texts never do")
+    print(f"The base reads on for {steps} steps: teacher texts and transcripts now quote {MENTOR}, student texts never do")
     model = copy.deepcopy(base).requires_grad_(True)
     recipe = recipe | {"remark_rows": READING["remark_rows"]}
     rng = random.Random(f"mentor {recipe['seed']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -193,6 +194,16 @@ def parse(text: str):
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def in_colour() -> bool:
+    """On a terminal, unless NO_COLOR asks for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def coloured(text: str) -> str:
+    """Yellow, which is for reflection, where colours are shown."""
+    return f"\x1b[33m{text}\x1b[0m" if text and in_colour() else text
 
 
 def clock(seconds: float) -> str:
