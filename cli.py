@@ -58,6 +58,7 @@ def prepare_train(args):
 
     import plan
     import report
+    import sinks
     from data import load_problems
     from distributed import World
     from record import Run
@@ -67,6 +68,7 @@ def prepare_train(args):
     config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
                                                                      if hasattr(args, f.name)}})
     config.check()
+    sinks.check(args.sinks)
     out = Path(args.out or f"out/{config.method}-{config.seed}")
     if (out / "metrics.jsonl").exists():
         if not args.resume:
@@ -90,7 +92,7 @@ def prepare_train(args):
         validation = validation[: config.eval_count or None]
     teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
     run = Run(out, {"model": args.model, "data": args.data, "dtype": args.dtype, **asdict(config)}, config.method,
-              args.resume, world)
+              args.resume, world, args.sinks)
 
     def job():
         history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
@@ -205,7 +207,7 @@ def prepare_demo(args):
 DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
 
   python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
-  python thinktuning.py --preset mentor            the novelty test: a habit that the student would never come upon
+  python thinktuning.py --preset mentor            the novelty test: a habit that the student hardly ever samples
   python thinktuning.py train --model DIR --data gsm8k
   python thinktuning.py eval  --model DIR --data FILE
   python thinktuning.py ask   --model DIR "question"
@@ -250,6 +252,9 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--out", help="run directory (out/METHOD-SEED)")
     t.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint, if there is one")
     t.add_argument("--preset", default="paper", choices=("paper", "demo"), help="where the settings below start from")
+    for name, title in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
+        t.add_argument(f"--{name}", dest="sinks", action="append_const", const=name, default=[],
+                       help=f"the metrics to {title} as well (pip install {name})")
     t.set_defaults(prepare=prepare_train)
     add_config_flags(t)
 

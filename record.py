@@ -22,6 +22,7 @@ from data.reward import is_correct
 from data.scores import reflects
 from distributed import World
 from grpo import shaped_ratio
+from sinks import open_sinks
 from teacher import behaviour
 from weights import read_json
 
@@ -35,13 +36,13 @@ class Run:
     """A run directory, written as the run goes, its checkpoints and its progress line.
 
     With `resume` it goes on where the directory's newest checkpoint ends, if there is one. Raises ValueError while
-    another run writes to the same directory. Of several processes only the first writes.
+    another run writes to the same directory. Of several processes only the first writes. `sinks`: where else (sinks.py).
     """
 
-    def __init__(self, path, config: dict, label: str, resume=False, world=World()):
+    def __init__(self, path, config: dict, label: str, resume=False, world=World(), sinks=()):
         self.path, self.config, self.label, self.began = Path(path), config, label, time.perf_counter()
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
-        self.resume, self.began_at, self.is_first = resume, 0, world.is_first
+        self.resume, self.began_at, self.is_first, self.sink_names, self.sinks = resume, 0, world.is_first, sinks, []
         if not self.is_first:
             return
         writable(self.path)
@@ -57,14 +58,16 @@ class Run:
 
     def restore(self, student, optimizer) -> tuple[int, list[dict]]:
         """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
-        if not self.resume:
-            return 0, []
-        self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
-        kept = [cut(file, self.began_at, self.is_first) for file in self.files]
+        history = []
+        if self.resume:
+            self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
+            history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
+            if self.is_first:
+                self.close()
+                self.metrics, self.transcripts = (open(file, "a") for file in self.files)
         if self.is_first:
-            self.close()
-            self.metrics, self.transcripts = (open(file, "a") for file in self.files)
-        return self.began_at, kept[0]
+            self.sinks = open_sinks(self.sink_names, self.path, self.config, self.began_at)
+        return self.began_at, history
 
     def save(self, step, student, optimizer):
         """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
@@ -78,6 +81,8 @@ class Run:
         print(json.dumps(metrics), file=self.metrics, flush=True)
         for line in transcripts:
             print(json.dumps(line), file=self.transcripts, flush=True)
+        for sink in self.sinks:
+            sink.log(metrics["step"], metrics)
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
         progress(f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
@@ -87,8 +92,8 @@ class Run:
 
     def close(self):
         if self.is_first:
-            self.metrics.close()
-            self.transcripts.close()
+            for file in (self.metrics, self.transcripts, *self.sinks):
+                file.close()
 
 
 def same_settings(path: Path, config: dict):
