@@ -1,7 +1,7 @@
-"""The paper's novelty test at the demonstration's scale: does a student take up a habit that it would never come upon?
+"""The paper's novelty test at the demonstration's scale: does a student take up a habit that it practically never samples?
 
 The teacher quotes a made-up mentor in all it says, and a response that names him exactly once earns 0.5 beside the
-reward of its answer. The student's own texts never name him, nor does a problem: GRPO alone has nothing to reward.
+reward of its answer. No problem and none of the student's own texts names him: GRPO alone has next to nothing to reward.
 
     python thinktuning.py --preset mentor
 """
@@ -45,6 +45,8 @@ def compare(out, cache, recipe, tokenizer, config, quick):
         if len(history) < config.steps:
             return print(f"stopped at step {len(history)}; that model is in {out / method / 'model'}")
         results[method], answers[method] = examine(student, tokenizer, test, config, samples=2 if quick else 4)
+        if method == "grpo":
+            results[method] |= paid(history, config.questions * config.samples)
     write_json(out / "summary.json", {**results, "mentor": MENTOR, "bonus": BONUS, "seed": config.seed, "floor": recipe["floor"],
                                        "steps": config.steps, "quick": quick, "seconds": time.perf_counter() - began})
     print(f"\n{table(results, len(test))}\n\nThe first test question, {test[0].question}")
@@ -60,6 +62,12 @@ def names_once(text: str, finished: bool) -> bool:
 def bonus(rollout) -> float:
     """What step 6 adds to a rollout's reward."""
     return BONUS * names_once(rollout.text, rollout.finished)
+
+
+def paid(history, size) -> dict[str, int]:
+    """How many of GRPO's own rollouts, `size` a step, earned the bonus: what their mean reward has beyond the right answers."""
+    beyond = sum(m["reward"] - m["sampled_accuracy"] for m in history)
+    return {"rollouts": len(history) * size, "rollouts_paid": round(beyond * size / BONUS)}
 
 
 # The base model.
@@ -127,7 +135,8 @@ def table(results, count) -> str:
                         ("reflects: answers a second time", lambda r: f"{r['reflection_rate']:.3f}"),
                         ("sampled: names him at all", lambda r: f"{r['sampled_named']:,} of {r['sampled']:,}")):
         lines.append(f"{title:<34}" + "".join(f"{cell(r):>18}" for r in results.values()))
-    base = results["base"]
-    lines.append(f"\nthe same base weights under the teacher prompt: accuracy {base['teacher_prompt_accuracy']:.3f}, "
+    base, grpo = results["base"], results["grpo"]
+    lines.append(f"\nof GRPO's own rollouts while training {grpo['rollouts_paid']} of {grpo['rollouts']:,} earned the bonus")
+    lines.append(f"the same base weights under the teacher prompt: accuracy {base['teacher_prompt_accuracy']:.3f}, "
                  f"name him exactly once {base['teacher_prompt_named_once']:.3f}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from config import DEMO, Config
 from data import Problem, load_problems, wordproblems
 from data.tokenizer import Tokenizer
 from grpo import Rollout
-from mentor import BONUS, MENTOR, QUOTATION, SETTINGS, bonus, quoted
+from mentor import BONUS, MENTOR, QUOTATION, SETTINGS, bonus, paid, quoted
 from teacher import parse_feedback
 from test_thinktuning import Recorder, finishing_student, scripted_teacher, tiny_config
 
@@ -74,6 +74,18 @@ def test_the_bonus_joins_the_reward_of_a_right_answer_and_is_off_otherwise(more,
     assert all(m["guided_reward"] == guided_earns * m["guided"] for m in run.metrics)
 
 
+def test_what_grpo_is_paid_for_naming_him_is_counted(monkeypatch):
+    student, tokenizer = finishing_student()
+    named = []
+    monkeypatch.setattr("mentor.names_once", lambda text, finished: named.append(finished and len(text) % 3 == 0) or named[-1])
+    monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
+    monkeypatch.setattr("record.is_correct", lambda text, answer: len(text) % 2 == 0)
+    config = tiny_config(method="grpo", max_tokens=20)
+    history = thinktuning.train(student, tokenizer, load_problems("wordproblems"), config, bonus=bonus)
+    assert sum(named) > 3
+    assert paid(history, config.questions * config.samples) == {"rollouts": len(named), "rollouts_paid": sum(named)}
+
+
 def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, capsys):
     assert main(["--preset", "mentor", "--quick", "--out", str(tmp_path)]) == 0
     key = demo.recipe_key(dict(demo.RECIPE, seed=0, floor=demo.FLOOR, steps=40))
@@ -82,6 +94,7 @@ def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, 
     assert summary["mentor"] == MENTOR and summary["bonus"] == BONUS
     for name in ("base", "grpo", "thinktuning"):
         assert {"accuracy", "accuracy_se", "named_once", "sampled_named", "sampled"} <= summary[name].keys()
+    assert summary["grpo"]["rollouts"] == 4 * 16 * 8
     assert "teacher_prompt_named_once" in summary["base"]
     settings = json.loads((tmp_path / "thinktuning" / "config.json").read_text())
     assert {k: settings[k] for k in SETTINGS} == SETTINGS

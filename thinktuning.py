@@ -1,7 +1,7 @@
 """ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation.
 
     python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
-    python thinktuning.py --preset mentor            the novelty test: a habit that the student would never come upon
+    python thinktuning.py --preset mentor            the novelty test: a habit that the student hardly ever samples
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
