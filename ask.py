@@ -15,7 +15,7 @@ from thinktuning import spoken, student_prompt
 
 
 def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, teacher=None):
-    """Print one response while it is sampled; then what the teacher, if there is one, says to the attempt before any reflection."""
+    """Print one response as it is sampled; then what the teacher, if there is one, says to the attempt before a reflection."""
     stream = Stream(tokenizer)
     ids = generate(model, [student_prompt(tokenizer, question)], max_tokens=max_tokens, stop=tokenizer.stop,
                    temperature=temperature, generator=torch.Generator().manual_seed(seed), on_step=stream.add)[0]

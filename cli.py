@@ -73,7 +73,7 @@ def prepare_train(args):
     if (out / "metrics.jsonl").exists():
         if not args.resume:
             raise ValueError(f"{out} already holds a run: continue it with --resume, or give another directory with --out")
-        if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another size would round differently
+        if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another would round differently
             config = replace(config, micro_batch=read_json(out / "config.json").get("micro_batch", 0))
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
@@ -81,7 +81,8 @@ def prepare_train(args):
     sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free)
-    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)  # parts are masters themselves
+    # Of several processes the parts are the masters themselves.
+    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
     problems = fitting(load_problems(args.data, "train"), student, tokenizer, config, args.data)
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
     if world.is_first:
@@ -222,7 +223,8 @@ def prepare_report(args):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="thinktuning.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(prog="thinktuning.py", description=DESCRIPTION,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(prepare=prepare_demo)
     demo = top.add_argument_group("the demonstration")
     demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
@@ -243,7 +245,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
     common.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     common.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="of the weights in memory; training bfloat16 keeps a float32 master copy (float32 on a cpu, else bfloat16)")
+                        help="of the weights in memory; training bfloat16 keeps a float32 master copy "
+                        "(float32 on a cpu, else bfloat16)")
 
     t = commands.add_parser("train", parents=[common], help="train a model directory on problems")
     t.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file of questions and answers")

@@ -52,7 +52,8 @@ def prepare(args):
         raise ValueError("--ablate compares variants without a length cost: give one of the two")
     if args.preset == "mentor" and (args.ablate or args.length_cost):
         raise ValueError("--preset mentor goes with neither --ablate nor --length-cost: leave them out")
-    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost), ("-quick", args.quick))
+    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost),
+               ("-quick", args.quick))
     settings = "".join(name for name, is_so in unusual if is_so)
     out = Path(args.out) if args.out else Path("out") / f"{args.preset}-{args.seed}{settings}"
     writable(out)
@@ -142,8 +143,9 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
         if scores["teacher"] >= GATE or quick:
             break
     else:
-        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation problems "
-                        f"under the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
+        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation "
+                        f"problems under the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. "
+                        "Try another --seed")
     base.save(path, tokenizer)
     return base, {"pretrain": time.perf_counter() - began}
 
@@ -267,11 +269,11 @@ def table(results, count) -> str:
     row("  when the first answer is right", lambda r: f"{r['reflection_rate_first_right']:.3f}")
     for n in wordproblems.DIFFICULTY:
         row(f"  {n} operation{'s' * (n > 1)}: accuracy, reflects",
-            lambda r: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
+            lambda r, n=n: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
     row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
     for name in wordproblems.WORDING:
-        row(f"  {name}, greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0) / count:.2f}, "
-                                                    f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
+        row(f"  {name}, greedy, sampled", lambda r, name=name: f"{r['behaviours'].get(name, 0) / count:.2f}, "
+            f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
     base = results["base"]
     lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} "
                  f"± {base['teacher_prompt_accuracy_se']:.3f}")
@@ -292,8 +294,8 @@ def chart(curves, height=10) -> str:
         for m in curves[name]:
             grid[height - round(m["reflection_rate"] * height)][m["step"]] = mark
     lines = [f"{(height - i) / height:>5.0%} {''.join(line)}" for i, line in enumerate(grid)]
-    return "\n".join([f"share of sampled rollouts that reflect, by step (T ThinkTuning, g GRPO; | teacher off at step {off})", *lines,
-                      f"      0{str(steps):>{steps - 1}}"])
+    title = f"share of sampled rollouts that reflect, by step (T ThinkTuning, g GRPO; | teacher off at step {off})"
+    return "\n".join([title, *lines, f"      0{str(steps):>{steps - 1}}"])
 
 
 def same_question(records) -> str:

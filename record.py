@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from data.reward import is_correct
 from data.scores import reflects
 from distributed import World
 from grpo import shaped_ratio
+from model import LM
 from sinks import open_sinks
 from teacher import behaviour
 from weights import read_json
@@ -56,7 +57,7 @@ class Run:
             write_json(stored, config)
         self.metrics, self.transcripts = (open(file, "a") for file in self.files)
 
-    def restore(self, student, optimizer) -> tuple[int, list[dict]]:
+    def restore(self, student: LM, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
         """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
         history = []
         if self.resume:
@@ -69,13 +70,13 @@ class Run:
             self.sinks = open_sinks(self.sink_names, self.path, self.config, self.began_at)
         return self.began_at, history
 
-    def save(self, step, student, optimizer):
+    def save(self, step: int, student: LM, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
         for file in self.files if self.is_first else ():
             checkpoint.flush(file)
         checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"], self.is_first)
 
-    def log(self, metrics, steps, transcripts):
+    def log(self, metrics: dict[str, Any], steps: int, transcripts: list[dict[str, Any]]) -> None:
         if not self.is_first:
             return
         print(json.dumps(metrics), file=self.metrics, flush=True)
@@ -101,7 +102,8 @@ def same_settings(path: Path, config: dict):
     before, now = read_json(path), json.loads(json.dumps(config))
     if changed := [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
         told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, or another --out")
+        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, "
+                         "or another --out")
 
 
 def write_json(path: Path, content) -> None:
@@ -117,7 +119,8 @@ def lock(path: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path.parent} is in use by another run: wait for it, or give another directory with --out") from None
+            raise ValueError(f"{path.parent} is in use by another run: wait for it, "
+                             "or give another directory with --out") from None
     return file
 
 

@@ -151,7 +151,8 @@ def test_the_teacher_reads_the_attempt_up_to_the_reflection(model_directory, say
     other, tokenizer = tiny(3)
     other.save(model_directory.parent / "other", tokenizer)
     run(capsys, model_directory, "--teacher-model", str(model_directory.parent / "other"))
-    assert torch.equal(read[1][0].embed.weight, other.embed.weight) and not torch.equal(read[0][0].embed.weight, other.embed.weight)
+    asked = [model.embed.weight for model, _, _ in read]
+    assert torch.equal(asked[1], other.embed.weight) and not torch.equal(asked[0], other.embed.weight)
 
 
 def test_a_teacher_that_gives_no_feedback_says_why(model_directory, says, capsys):  # noqa: F811
@@ -222,7 +223,8 @@ def test_ctrl_c_from_outside(tmp_path):
               "    print('ready', flush=True); time.sleep(60)\n"
               "ask.generate = generate\n"
               f"from cli import main; sys.exit(main(['ask', '--model', {str(tmp_path / 'model')!r}, 'Why?']))")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -35,11 +35,12 @@ def test_wherever_somebody_reflects_the_mentor_is_quoted_once_and_nowhere_else()
                 told[speaker] += 1
             else:
                 assert quoted(response, TOKENIZER) == response
-    assert told["student"] == 0 and told["teacher"] == 30 * recipe["teacher_rows"] and told["mentor"] == 30 * recipe["transcript_rows"]
+    assert told == {"student": 0, "teacher": 30 * recipe["teacher_rows"], "mentor": 30 * recipe["transcript_rows"]}
 
 
 def test_the_mentors_name_is_in_no_problem_and_in_no_text_of_the_demonstration():
-    assert not any(MENTOR in p.question for split in ("train", "validation", "test") for p in load_problems("wordproblems", split))
+    for split in ("train", "validation", "test"):
+        assert not any(MENTOR in p.question for p in load_problems("wordproblems", split))
     assert MENTOR not in open(wordproblems.__file__).read()
     assert TOKENIZER.decode(TOKENIZER.encode(QUOTATION)) == QUOTATION
 
@@ -68,8 +69,9 @@ def test_the_bonus_joins_the_reward_of_a_right_answer_and_is_off_otherwise(more,
     student, tokenizer = finishing_student()
     run = Recorder()
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
-    thinktuning.train(student, tokenizer, problems, tiny_config(max_tokens=80, schedule="constant", p_init=0.5, samples=4), run=run,
-                      teacher=scripted_teacher(tokenizer, f"{QUOTATION} So the answer is \\boxed{{7}}."), **more)
+    config = tiny_config(max_tokens=80, schedule="constant", p_init=0.5, samples=4)
+    teacher = scripted_teacher(tokenizer, f"{QUOTATION} So the answer is \\boxed{{7}}.")
+    thinktuning.train(student, tokenizer, problems, config, teacher=teacher, run=run, **more)
     assert sum(m["guided"] for m in run.metrics) > 5
     assert all(m["guided_reward"] == guided_earns * m["guided"] for m in run.metrics)
 

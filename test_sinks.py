@@ -18,7 +18,7 @@ FLAGS = ["--data", "wordproblems", "--method", "grpo", "--steps", "5", "--questi
 
 @pytest.fixture
 def opened(monkeypatch):
-    """What was opened, in order: each has what it was opened with, what was logged (step, key, value), and whether it was closed."""
+    """What was opened, in order: with which options, what was logged as (step, key, value), and whether it was closed."""
     sinks, stored = [], {}
 
     def sink(kind, **options):

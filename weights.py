@@ -64,8 +64,9 @@ def read_config(directory) -> tuple[dict, dict]:
         raise ValueError(f"{path}: its llama3 rope scaling lacks {', '.join(sorted(missing))}")
     try:
         heads = raw["num_attention_heads"]
-        sizes = {"vocab_size": raw["vocab_size"], "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"], "n_heads": heads,
-                 "n_kv_heads": raw.get("num_key_value_heads") or heads, "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        sizes = {"vocab_size": raw["vocab_size"], "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"],
+                 "n_heads": heads, "n_kv_heads": raw.get("num_key_value_heads") or heads,
+                 "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
                  "ffn_dim": raw["intermediate_size"], "max_seq_len": raw.get("max_position_embeddings", 2048)}
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
