@@ -226,19 +226,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="thinktuning.py", description=DESCRIPTION,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(prepare=prepare_demo)
-    demo = top.add_argument_group("the demonstration")
-    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
-    demo.add_argument("--preset", default="demo", choices=("demo", "mentor"),
-                      help="mentor: the novelty test, where the teacher quotes a made-up mentor and naming him once is rewarded")
-    demo.add_argument("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
-    demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
-                      "the answer with an unrelated remark (0.01)")
-    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
-                      "once the teacher is gone (0)")
-    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
-                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
-    demo.add_argument("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
-    demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
+    add_demo_flags(top)
     commands = top.add_subparsers(title="commands", metavar="train | eval | ask | report")
 
     common = argparse.ArgumentParser(add_help=False)
@@ -289,6 +277,22 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
         p.add_argument("--seed", type=natural, default=0)
     return top
+
+
+def add_demo_flags(top):
+    demo = top.add_argument_group("the demonstration")
+    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
+    demo.add_argument("--preset", default="demo", choices=("demo", "mentor"),
+                      help="mentor: the novelty test, where the teacher quotes a made-up mentor and naming him once is rewarded")
+    demo.add_argument("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
+    demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
+                      "the answer with an unrelated remark (0.01)")
+    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
+                      "once the teacher is gone (0)")
+    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
+                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
+    demo.add_argument("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
+    demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
 
 
 def natural(text: str) -> int:

@@ -427,6 +427,12 @@ def test_prompts_longer_than_the_context_are_counted_and_dropped(llama_directory
     assert "dropped 1 of 3 questions" in capsys.readouterr().out
 
 
+def test_ask_with_a_teacher_works_on_a_directory_made_elsewhere(llama_directory, capsys):
+    assert main(["ask", "--model", str(llama_directory), "How many?", "--max-tokens", "5", "--teacher"]) == 0
+    assert re.search(r"no feedback from the teacher: its reply (is longer than 1024 tokens|has not the asked form)\n$",
+                     capsys.readouterr().out)  # its weights are random
+
+
 def test_ask_streams_what_generate_gives(model_directory, capsys):
     question = load_problems("wordproblems", "test")[0].question
     assert main(["ask", "--model", str(model_directory), question, "--max-tokens", "9"]) == 0
