@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from data.scores import mean_and_se
+
 HUGE = 1e12  # what is larger is no measurement, and its square would soon overflow
 
 

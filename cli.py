@@ -14,7 +14,14 @@ from config import DEMO, Config, RunFailed, add_config_flags
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
+    try:
+        return run(parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def run(args) -> int:
     try:
         job = args.prepare(args)
     except (ValueError, OSError) as error:
@@ -28,8 +35,6 @@ def main(argv=None) -> int:
             if telling in str(error):
                 return complain(sentence, 1)
         raise
-    except KeyboardInterrupt:
-        return complain("stopped", 130)
     return 0
 
 
@@ -54,20 +59,22 @@ def prepare_train(args):
 
     import plan
     import report
+    import sinks
     from data import load_problems
     from distributed import World
+    from files import read_json
     from record import Run
     from thinktuning import make_teacher, train
-    from files import read_json
 
     config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
                                                                      if hasattr(args, f.name)}})
     config.check()
+    sinks.check(args.sinks)
     out = Path(args.out or f"out/{config.method}-{config.seed}")
     if (out / "metrics.jsonl").exists():
         if not args.resume:
             raise ValueError(f"{out} already holds a run: continue it with --resume, or give another directory with --out")
-        if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another size would round differently
+        if not config.micro_batch and (out / "config.json").exists():  # what was chosen then: another would round differently
             before = read_json(out / "config.json").get("micro_batch")
             config = replace(config, micro_batch=before if type(before) is int and before > 0 else 0)
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
@@ -76,7 +83,8 @@ def prepare_train(args):
     sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free)
-    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)  # parts are masters themselves
+    # Of several processes the parts are the masters themselves.
+    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
     problems = fitting(load_problems(args.data, "train"), student, tokenizer, config, args.data)
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
     if world.is_first:
@@ -87,7 +95,7 @@ def prepare_train(args):
         validation = validation[: config.eval_count or None]
     teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
     run = Run(out, {"model": args.model, "data": args.data, "dtype": args.dtype, **asdict(config)}, config.method,
-              args.resume, world)
+              args.resume, world, args.sinks)
 
     def job():
         history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
@@ -101,7 +109,8 @@ def prepare_train(args):
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
         print(f"{len(history)} steps -> {out}/model  {summary}")
         if args.verbose:
-            print(f"decoding steps recorded: {trained.recordings} of the student, {teacher.model.recordings if teacher else 0} of the teacher")
+            recorded = {"student": trained.recordings, "teacher": teacher.model.recordings if teacher else 0}
+            print("decoding steps recorded as CUDA graphs: " + ", ".join(f"{who} {n}" for who, n in recorded.items()))
 
     return job
 
@@ -174,34 +183,28 @@ def prepare_eval(args):
 
 
 def prepare_ask(args):
-    import torch
+    from ask import hold_vote, think_aloud
+    from thinktuning import make_teacher, student_prompt
 
-    from model import generate
-    from thinktuning import student_prompt
-
-    model, tokenizer = load_model(args.model, *device_and_dtype(args))
-    prompt = student_prompt(tokenizer, args.question)
-    room = model.config.max_seq_len - len(prompt)
+    asks_teacher = args.teacher or args.teacher_model
+    if asks_teacher and args.samples > 1:
+        raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
+    place = device_and_dtype(args)
+    model, tokenizer = load_model(args.model, *place)
+    room = model.config.max_seq_len - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
         raise ValueError(f"the question leaves {room} tokens of the model's context of {model.config.max_seq_len}; "
                          "shorten it or lower --max-tokens")
-
-    def job():
-        ids, shown = [], 0
-
-        def show(rows, tokens):
-            nonlocal shown
-            ids.extend(t for t in tokens.tolist() if t not in tokenizer.stop)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-
-        generate(model, [prompt], max_tokens=args.max_tokens or min(1024, room), stop=tokenizer.stop, temperature=args.temperature,
-                 generator=torch.Generator().manual_seed(args.seed), on_step=show)
-        print()
-
-    return job
+    options = {"max_tokens": args.max_tokens or min(1024, room), "seed": args.seed,
+               "temperature": float(args.samples > 1) if args.temperature is None else args.temperature}
+    if args.samples > 1:
+        return lambda: hold_vote(model, tokenizer, args.question, samples=args.samples, **options)
+    teacher = None
+    if asks_teacher:
+        theirs, their_tokenizer = load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
+        reply = min(Config.teacher_reply, theirs.config.max_seq_len * 3 // 8)
+        teacher = make_teacher(theirs, their_tokenizer, Config(teacher_reply=reply))
+    return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)
 
 
 def prepare_demo(args):
@@ -213,6 +216,7 @@ def prepare_demo(args):
 DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
 
   python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
+  python thinktuning.py --preset mentor            the novelty test: a habit that the student hardly ever samples
   python thinktuning.py train --model DIR --data gsm8k
   python thinktuning.py eval  --model DIR --data FILE
   python thinktuning.py ask   --model DIR "question"
@@ -227,26 +231,18 @@ def prepare_report(args):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="thinktuning.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(prog="thinktuning.py", description=DESCRIPTION,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(prepare=prepare_demo)
-    demo = top.add_argument_group("the demonstration")
-    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
-    demo.add_argument("--out", help="directory for the runs and summary.json (out/demo-SEED)")
-    demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
-                      "the answer with an unrelated remark (0.01)")
-    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
-                      "once the teacher is gone (0)")
-    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
-                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
-    demo.add_argument("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
-    demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
+    add_demo_flags(top)
     commands = top.add_subparsers(title="commands", metavar="train | eval | ask | report")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
     common.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
     common.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="of the weights in memory; training bfloat16 keeps a float32 master copy (float32 on a cpu, else bfloat16)")
+                        help="of the weights in memory; training bfloat16 keeps a float32 master copy "
+                        "(float32 on a cpu, else bfloat16)")
 
     common.add_argument("--compile", default="auto", choices=("auto", "off"),
                         help="auto: on a GPU, decoding steps are recorded as CUDA graphs (auto)")
@@ -259,6 +255,9 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint, if there is one")
     t.add_argument("--verbose", action="store_true", help="say how many decoding steps were recorded")
     t.add_argument("--preset", default="paper", choices=("paper", "demo"), help="where the settings below start from")
+    for name, title in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
+        t.add_argument(f"--{name}", dest="sinks", action="append_const", const=name, default=[],
+                       help=f"the metrics to {title} as well (pip install {name})")
     t.set_defaults(prepare=prepare_train)
     add_config_flags(t)
 
@@ -275,7 +274,11 @@ def parser() -> argparse.ArgumentParser:
 
     a = commands.add_parser("ask", parents=[common], help="watch it think")
     a.add_argument("question")
-    a.add_argument("--temperature", type=from_zero, default=0.0, help="0 is greedy (0)")
+    a.add_argument("--samples", type=positive, default=1, help="so many answers and their vote instead (1)")
+    a.add_argument("--temperature", type=from_zero, help="0 is greedy (0 with one sample, else 1)")
+    a.add_argument("--teacher", action="store_true", help="and what a teacher with the model's own weights says to "
+                   "that attempt, up to any reflection on it")
+    a.add_argument("--teacher-model", metavar="DIR", help="likewise a teacher with the weights in DIR")
     a.set_defaults(prepare=prepare_ask)
 
     r = commands.add_parser("report", help="one HTML page of a run, or across runs")
@@ -286,6 +289,22 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--max-tokens", type=positive, help="new tokens of a response (1024, or what the context leaves)")
         p.add_argument("--seed", type=natural, default=0)
     return top
+
+
+def add_demo_flags(top):
+    demo = top.add_argument_group("the demonstration")
+    demo.add_argument("--seed", type=natural, default=0, help="of everything: pretraining, sampling, choosing, data order")
+    demo.add_argument("--preset", default="demo", choices=("demo", "mentor"),
+                      help="mentor: the novelty test, where the teacher quotes a made-up mentor and naming him once is rewarded")
+    demo.add_argument("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
+    demo.add_argument("--floor", type=float, default=0.01, help="share of the student's pretraining texts that go on after "
+                      "the answer with an unrelated remark (0.01)")
+    demo.add_argument("--length-cost", type=float, default=0.0, help="what a response of the longest length costs a right answer "
+                      "once the teacher is gone (0)")
+    demo.add_argument("--ablate", nargs="?", const="all", choices=("all", "long", "rates", "stress"),
+                      help="on this seed's base model: every variant, only the long GRPO run, learning rates, the stress regime")
+    demo.add_argument("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
+    demo.add_argument("--quick", action="store_true", help="a smoke test of a few steps: too short to show anything")
 
 
 def natural(text: str) -> int:

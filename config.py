@@ -6,7 +6,8 @@ import argparse
 import math
 from dataclasses import dataclass, field, fields
 
-PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")  # README, "Notes on the published code"
+# README, "Notes on the published code"
+PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")
 
 
 class RunFailed(Exception):
@@ -55,7 +56,8 @@ class Config:
     gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
     gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")
     guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
-    schedule: str = option("linear", "teacher", "decay of p over the first third", choices=("constant", "linear", "cosine", "exp"))
+    schedule: str = option("linear", "teacher", "decay of p over the first third",
+                           choices=("constant", "linear", "cosine", "exp"))
     p_init: float = option(0.1, "teacher", "share of a group that is guided at first", least=0, most=1)
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1)
@@ -67,7 +69,7 @@ class Config:
     def published_items(self) -> frozenset[str]:
         return frozenset(PUBLISHED if self.published == "all" else filter(None, self.published.split(",")))
 
-    def check(self):
+    def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""
         for f in fields(self):
             value, limits, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from data.reward import answers, is_correct
 from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
 from model import LM, Attention, Block, Linear, ModelConfig
-from record import Run, clock, progress, writable, write_json
+from record import Run, clock, coloured, in_colour, progress, writable, write_json
 from report import write_report
 from teacher import Feedback
 from thinktuning import evaluate, make_teacher, train
@@ -51,9 +50,12 @@ def prepare(args):
         raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
     if args.ablate and args.length_cost:
         raise ValueError("--ablate compares variants without a length cost: give one of the two")
-    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost), ("-quick", args.quick))
+    if args.preset == "mentor" and (args.ablate or args.length_cost):
+        raise ValueError("--preset mentor goes with neither --ablate nor --length-cost: leave them out")
+    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost),
+               ("-quick", args.quick))
     settings = "".join(name for name, is_so in unusual if is_so)
-    out = Path(args.out) if args.out else Path("out") / f"demo-{args.seed}{settings}"
+    out = Path(args.out) if args.out else Path("out") / f"{args.preset}-{args.seed}{settings}"
     writable(out)
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
     # a run on one repeats exactly however many cores there are.
@@ -63,6 +65,10 @@ def prepare(args):
     config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
     config.check()
     tokenizer = Tokenizer.builtin()
+    if args.preset == "mentor":
+        from mentor import compare  # it imports this file
+
+        return lambda: compare(out, cache, recipe, tokenizer, config, args.quick)
     if args.ablate:
         return lambda: ablate(base_model(cache, recipe, tokenizer, args.quick)[0], tokenizer, config, args.ablate,
                               args.repeats or 3, out, args.quick)
@@ -99,16 +105,16 @@ def demonstrate(out, cache, recipe, tokenizer, config, quick):
           f"{out}/report.html shows them")
 
 
-def train_one(base, tokenizer, config, path=None, wrap=None):
+def train_one(base, tokenizer, config, path=None, wrap=None, name="the demonstration's base", **more):
     """Train a copy of `base` by `config.method`; returns it and the metrics of every step. The base is the teacher."""
     student = copy.deepcopy(base).requires_grad_(True)
     teacher = make_teacher(base, tokenizer, config) if config.method == "thinktuning" else None
     if teacher and wrap:
         teacher.feedback = wrap(teacher.feedback, random.Random(config.seed))
-    run = Run(path, {"model": "the demonstration's base", **vars(config)}, config.method) if path else None
+    run = Run(path, {"model": name, **vars(config)}, config.method) if path else None
     validation = load_problems("wordproblems", "validation")[: config.eval_count] if path else ()
     history = train(student, tokenizer, load_problems("wordproblems", "train"), config, teacher=teacher, run=run,
-                    validation=validation)
+                    validation=validation, **more)
     if run:
         run.close()
         write_report(path)
@@ -137,8 +143,9 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
         if scores["teacher"] >= GATE or quick:
             break
     else:
-        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation problems "
-                        f"under the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. Try another --seed")
+        raise RunFailed(f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of validation "
+                        f"problems under the teacher prompt; {GATE:.0%} is needed for a teacher worth listening to. "
+                        "Try another --seed")
     base.save(path, tokenizer)
     return base, {"pretrain": time.perf_counter() - began}
 
@@ -262,11 +269,11 @@ def table(results, count) -> str:
     row("  when the first answer is right", lambda r: f"{r['reflection_rate_first_right']:.3f}")
     for n in wordproblems.DIFFICULTY:
         row(f"  {n} operation{'s' * (n > 1)}: accuracy, reflects",
-            lambda r: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
+            lambda r, n=n: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
     row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
     for name in wordproblems.WORDING:
-        row(f"  {name}, greedy, sampled", lambda r: f"{r['behaviours'].get(name, 0) / count:.2f}, "
-                                                    f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
+        row(f"  {name}, greedy, sampled", lambda r, name=name: f"{r['behaviours'].get(name, 0) / count:.2f}, "
+            f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
     base = results["base"]
     lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} "
                  f"± {base['teacher_prompt_accuracy_se']:.3f}")
@@ -287,8 +294,8 @@ def chart(curves, height=10) -> str:
         for m in curves[name]:
             grid[height - round(m["reflection_rate"] * height)][m["step"]] = mark
     lines = [f"{(height - i) / height:>5.0%} {''.join(line)}" for i, line in enumerate(grid)]
-    return "\n".join([f"share of sampled rollouts that reflect, by step (T ThinkTuning, g GRPO; | teacher off at step {off})", *lines,
-                      f"      0{str(steps):>{steps - 1}}"])
+    title = f"share of sampled rollouts that reflect, by step (T ThinkTuning, g GRPO; | teacher off at step {off})"
+    return "\n".join([title, *lines, f"      0{str(steps):>{steps - 1}}"])
 
 
 def same_question(records) -> str:
@@ -307,7 +314,7 @@ def same_question(records) -> str:
         first, _, reflection = record[chosen][1].partition("\n\n")
         parts.append(f"{name:>12}: {first}")
         for line in filter(None, reflection.split("\n\n")):
-            parts.append(f"{'':>12}  " + (f"\x1b[33m{line}\x1b[0m" if sys.stdout.isatty() else f"| {line}"))
+            parts.append(f"{'':>12}  " + (coloured(line) if in_colour() else f"| {line}"))
     return "\n".join(parts)
 
 

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from model import LM
+
+T = TypeVar("T")
 
 
 class World:
     """The processes of a run; by itself a process is a world of one, and everything here does nothing."""
 
-    def __init__(self, rank=0, size=1, dtype=torch.float32):
+    def __init__(self, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> None:
         self.rank, self.size, self.dtype = rank, size, dtype
 
     @classmethod
-    def start(cls, device: str, dtype, minutes=30) -> "World":
+    def start(cls, device: str, dtype: torch.dtype, minutes: int = 30) -> World:
         """Join the others that torchrun started; the model computes in `dtype`. Who waits longer than `minutes` gives up."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
@@ -38,20 +45,20 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: list) -> list:
+    def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of a list: neighbours stay together, parts differ by one at most."""
         n = len(items)
-        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+        return list(items[n * self.rank // self.size : n * (self.rank + 1) // self.size])
 
-    def gather(self, items: list) -> list:
+    def gather(self, items: list[T]) -> list[T]:
         """Everybody's lists as one, in the order that `share` took them apart."""
         if self.size == 1:
             return items
-        parts = [None] * self.size
+        parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def shard(self, model) -> None:
+    def shard(self, model: LM) -> None:
         """Keep the weights in N parts of float32, each block put together in the dtype to compute in when it is needed."""
         if self.size == 1:
             return
@@ -65,7 +72,7 @@ class World:
         register_fsdp_forward_method(model, "hidden")
 
     @torch.no_grad()
-    def whole(self, model):
+    def whole(self, model: LM) -> LM:
         """The model in one piece, to run without the others: itself, or this process's copy with the weights of now."""
         if self.size == 1:
             return model
@@ -74,7 +81,7 @@ class World:
         return self.copy
 
 
-def full(tensor):
+def full(tensor: Tensor) -> Tensor:
     """A tensor in one piece; every process must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

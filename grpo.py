@@ -150,7 +150,7 @@ def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entro
     """
     states, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
     where = torch.ones_like(targets, dtype=torch.bool) if where is None else where
-    chosen, spread = HeadLogprobs.apply(states[where], model.head.weight, targets[where], head_grad)
+    chosen, spread = HeadLogprobs.apply(states[where], model.head.weight, targets[where], head_grad)  # type: ignore[no-untyped-call]
     logprobs = torch.zeros(targets.shape, device=tokens.device).masked_scatter(where, chosen)
     return (logprobs, torch.zeros_like(logprobs).masked_scatter(where, spread)) if entropy else logprobs
 

@@ -128,9 +128,9 @@ def tokenizer(data, directory):
 def model(data, directory):
     import torch
 
+    from config import Config
     from model import LM
     from plan import Sizes, memory
-    from config import Config
     path = written(data, directory)
     sizes = refusing(Sizes.read, path, None, torch.float32)
     if sizes:
@@ -252,7 +252,7 @@ def tokenizer_seeds():
                              "tokenizer.json": json.dumps(content).encode(),
                              **({"chat_template.jinja": template.encode()} if name == "chatml" else {})}))
     ids = {str(262 + i): {"content": token} for i, token in enumerate(FAMILIES["chatml"].markers)}
-    seeds.append(joined({"vocab.json": json.dumps(vocab).encode(), "merges.txt": "#version\n".encode() + "\n".join(
+    seeds.append(joined({"vocab.json": json.dumps(vocab).encode(), "merges.txt": b"#version\n" + "\n".join(
         map(" ".join, merges)).encode(), "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode()}))
     ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
     seeds += [joined({"tokenizer.model": ranks}), joined({"wordproblems.tiktoken": ranks + b"YWI= 256\n"})]

@@ -27,7 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sampler import KVCache, generate, prefill, sample  # noqa: F401 (public names of this module)
+from sampler import KVCache as KVCache  # public names of this module
+from sampler import generate as generate
+from sampler import prefill as prefill
+from sampler import sample as sample
 from weights import config_to_json, read_companions, read_config, read_tensors, write_directory
 
 # Hidden units of a whole pass from which on the backward pass computes the feed-forward layers again instead of keeping them:

@@ -32,7 +32,7 @@ class Sizes:
     device: str = "cpu"
 
     @classmethod
-    def read(cls, student_path, teacher_path, dtype, processes=1, device="cpu") -> "Sizes":
+    def read(cls, student_path, teacher_path, dtype, processes=1, device="cpu") -> Sizes:
         student = ModelConfig(**read_config(student_path)[0])
         teacher = teacher_path and ModelConfig(**read_config(teacher_path)[0])
         return cls(student, teacher, dtype, processes, student_path == teacher_path and processes == 1, device)
@@ -127,8 +127,8 @@ def describe(config: Config, sizes: Sizes, device, free: int) -> str:
     parts = memory(config, sizes)
     kind = str(sizes.dtype).removeprefix("torch.") + (", float32 master weights" if sizes.dtype.itemsize < 4 else "")
     lines = [f"{parameters(sizes.student):,} parameters in {kind}, on {device}",
-             f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts, up to {config.max_tokens} tokens each; "
-             f"micro-batches of {config.micro_batch:,} tokens",
+             f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts, up to {config.max_tokens} tokens "
+             f"each; micro-batches of {config.micro_batch:,} tokens",
              "memory, estimated: " + ", ".join(f"{k} {b / GIB:.2f}" for k, b in parts.items()),
              f"at its peak {peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free: it fits"]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,8 @@ from data.scores import reflects
 from distributed import World
 from files import parse_json, read_json, regular
 from grpo import shaped_ratio
+from model import LM
+from sinks import open_sinks
 from teacher import behaviour
 
 try:
@@ -35,13 +38,13 @@ class Run:
     """A run directory, written as the run goes, its checkpoints and its progress line.
 
     With `resume` it goes on where the directory's newest checkpoint ends, if there is one. Raises ValueError while
-    another run writes to the same directory. Of several processes only the first writes.
+    another run writes to the same directory. Of several processes only the first writes. `sinks`: where else (sinks.py).
     """
 
-    def __init__(self, path, config: dict, label: str, resume=False, world=World()):
+    def __init__(self, path, config: dict, label: str, resume=False, world=World(), sinks=()):
         self.path, self.config, self.label, self.began = Path(path), config, label, time.perf_counter()
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
-        self.resume, self.began_at, self.is_first = resume, 0, world.is_first
+        self.resume, self.began_at, self.is_first, self.sink_names, self.sinks = resume, 0, world.is_first, sinks, []
         if not self.is_first:
             return
         writable(self.path)
@@ -55,31 +58,36 @@ class Run:
             write_json(stored, config)
         self.metrics, self.transcripts = (open(file, "a") for file in self.files)
 
-    def restore(self, student, optimizer) -> tuple[int, list[dict]]:
+    def restore(self, student: LM, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
         """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
-        if not self.resume:
-            return 0, []
-        self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
-        kept = [cut(file, self.began_at, self.is_first) for file in self.files]
-        if any(type(m.get(key)) not in (int, float) for m in kept[0] for key in ("skipped", "teacher_asked", "teacher_parsed")):
-            raise RunFailed(f"{self.files[0]} is not what a run writes: start anew in another directory")
+        history: list[dict[str, Any]] = []
+        if self.resume:
+            self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
+            history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
+            needed = ("skipped", "teacher_asked", "teacher_parsed")
+            if any(type(m.get(key)) not in (int, float) for m in history for key in needed):
+                raise RunFailed(f"{self.files[0]} is not what a run writes: start anew in another directory")
+            if self.is_first:
+                self.close()
+                self.metrics, self.transcripts = (open(file, "a") for file in self.files)
         if self.is_first:
-            self.close()
-            self.metrics, self.transcripts = (open(file, "a") for file in self.files)
-        return self.began_at, kept[0]
+            self.sinks = open_sinks(self.sink_names, self.path, self.config, self.began_at)
+        return self.began_at, history
 
-    def save(self, step, student, optimizer):
+    def save(self, step: int, student: LM, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
         for file in self.files if self.is_first else ():
             checkpoint.flush(file)
         checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"], self.is_first)
 
-    def log(self, metrics, steps, transcripts):
+    def log(self, metrics: dict[str, Any], steps: int, transcripts: list[dict[str, Any]]) -> None:
         if not self.is_first:
             return
         print(json.dumps(metrics), file=self.metrics, flush=True)
         for line in transcripts:
             print(json.dumps(line), file=self.transcripts, flush=True)
+        for sink in self.sinks:
+            sink.log(metrics["step"], metrics)
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
         progress(f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
@@ -89,8 +97,8 @@ class Run:
 
     def close(self):
         if self.is_first:
-            self.metrics.close()
-            self.transcripts.close()
+            for file in (self.metrics, self.transcripts, *self.sinks):
+                file.close()
 
 
 def same_settings(path: Path, config: dict):
@@ -98,7 +106,8 @@ def same_settings(path: Path, config: dict):
     before, now = read_json(path), json.loads(json.dumps(config))
     if changed := [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
         told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, or another --out")
+        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, "
+                         "or another --out")
 
 
 def write_json(path: Path, content) -> None:
@@ -114,7 +123,8 @@ def lock(path: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path.parent} is in use by another run: wait for it, or give another directory with --out") from None
+            raise ValueError(f"{path.parent} is in use by another run: wait for it, "
+                             "or give another directory with --out") from None
     return file
 
 
@@ -203,6 +213,16 @@ def parse(text: str):
         return parse_json(text)
     except ValueError:
         return None
+
+
+def in_colour() -> bool:
+    """On a terminal, unless NO_COLOR asks for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def coloured(text: str) -> str:
+    """Yellow, which is for reflection, where colours are shown."""
+    return f"\x1b[33m{text}\x1b[0m" if text and in_colour() else text
 
 
 def clock(seconds: float) -> str:

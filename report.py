@@ -14,8 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from charts import (Line, averages, details, esc, figure, finding, finite, number, plus_minus, series, show, swatch,
-                    table)
+from charts import Line, averages, details, esc, figure, finding, finite, number, plus_minus, series, show, swatch, table
 from data.scores import mean_and_se
 from record import Recorded, read_runs
 
@@ -319,7 +318,7 @@ def transcripts(groups, room: int) -> str:
         found += [(rank, g.name, step, why, line) for step, why in telling_steps(lines).items()
                   for rank, line in enumerate(line for line in lines if line["step"] == step)]
     kept = defaultdict(list)
-    for rank, name, step, why, line in sorted(found, key=lambda f: f[0]):  # one of each step first
+    for _, name, step, why, line in sorted(found, key=lambda f: f[0]):  # one of each step first
         text = article(line)
         if len(text.encode()) <= room:
             room -= len(text.encode())

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from data.tokenizer import Tokenizer
 from distributed import World
-from model import LM, generate, prefill
+from model import LM, KVCache, generate, prefill
+
+if TYPE_CHECKING:  # of the losses this file knows nothing
+    from grpo import Rollout
 
 
 class Feedback(NamedTuple):
@@ -20,7 +24,11 @@ class Feedback(NamedTuple):
     phrase: str
 
 
-def guidance_fraction(step: int, total_steps: int, shape="linear", initial=0.1, minimum=0.01, eps=0.05) -> float:
+Asked = tuple[int, Feedback | None, str]  # which rollout, what came of it, the attempt that was read
+
+
+def guidance_fraction(step: int, total_steps: int, shape: str = "linear", initial: float = 0.1, minimum: float = 0.01,
+                      eps: float = 0.05) -> float:
     """p_s, the share of each group that is guided at `step` (from 0): METHOD section 5. 0.0 once the teacher is off.
 
     Decays from `initial` to `minimum` over the first third; every shape only falls, so off stays off.
@@ -77,8 +85,8 @@ class Teacher:
     and the weights never change, so their keys and values are computed once. The model given is frozen in place.
     """
 
-    def __init__(self, model: LM, tokenizer, *, max_tokens=1024, max_prompt=3072, instruction="", published=frozenset(),
-                 style: str | None = None, rows=64):
+    def __init__(self, model: LM, tokenizer: Tokenizer, *, max_tokens: int = 1024, max_prompt: int = 3072, instruction: str = "",
+                 published: frozenset[str] = frozenset(), style: str | None = None, rows: int = 64) -> None:
         self.model, self.tokenizer, self.max_tokens, self.rows = model.eval().requires_grad_(False), tokenizer, max_tokens, rows
         self.max_prompt = min(max_prompt, model.config.max_seq_len - max_tokens)
         if self.max_prompt < 1:
@@ -86,7 +94,8 @@ class Teacher:
                              f"reply of {max_tokens}; lower --teacher-reply")
         self.instruction, self.published = instruction, published
         self.style = style or ("tag" if tokenizer.family == "wordproblems" else "exemplars")
-        self.prefix_ids, self.prefix = [], None
+        self.prefix_ids: list[int] = []
+        self.prefix: KVCache | None = None
         self.dropped = self.cut = 0  # requests too long for max_prompt, replies that ran into max_tokens
         if self.style == "exemplars":
             self.prefix_ids = self.prompt("", "")
@@ -119,10 +128,11 @@ class Teacher:
         if not fitting:
             return replies
         shared = min(common_prefix(self.prefix_ids, prompts[i][:-1]) for i in fitting)
-        if shared:
-            self.prefix.set_lengths([shared])
+        prefix = self.prefix if shared else None
+        if prefix is not None:
+            prefix.set_lengths([shared])
         texts = generate(self.model, [prompts[i][shared:] for i in fitting], max_tokens=self.max_tokens, rows=self.rows,
-                         stop=self.tokenizer.stop, temperature=0, prefix=self.prefix if shared else None)
+                         stop=self.tokenizer.stop, temperature=0, prefix=prefix)
         for i, ids in zip(fitting, texts):
             replies[i] = self.parse(ids)
         return replies
@@ -135,7 +145,8 @@ class Teacher:
             return None
         return parse_feedback(self.tokenizer.decode(ids[:-1]))
 
-    def guide(self, rollouts, group_size, fraction, rng, max_tokens, world=World()):
+    def guide(self, rollouts: list[Rollout], group_size: int, fraction: float, rng: random.Random, max_tokens: int,
+              world: World = World()) -> list[Asked]:
         """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about."""
         chosen = choose([r.finished for r in rollouts], group_size, fraction, rng)
         attempts = [self.tokenizer.decode(rollouts[i].response[:-1]) for i in chosen]
@@ -147,7 +158,8 @@ class Teacher:
         return list(zip(chosen, replies, attempts))
 
 
-def augment(rollout, feedback: Feedback, tokenizer, max_tokens: int, published=frozenset()) -> bool:
+def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_tokens: int,
+            published: frozenset[str] = frozenset()) -> bool:
     """o_i without its end token ⊕ "\\n\\n" + reason + "\\n\\n" + phrase + end token, in place of o_i. METHOD step 5.
 
     The student's own ids are kept. Longer than max_tokens: nothing changes and False comes back (the published code

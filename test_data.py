@@ -303,7 +303,8 @@ def test_either_of_the_two_suffices(grader):
     ("The final answer is $-q+p$. I hope it is correct.", False), (r"\fbox{-q+p}", False), (r"\boxed{}", False),
     (r"$-q+p$ and $\boxed{1}$", False), (r"The final answer is $-q+p$. I hope. \boxed{1}", False),
     (r"\boxed{1 \boxed {-q+p}}", False), (r"\boxed{1 \fbox{-q+p}}", False),      # nor the box in the box
-    (r"\boxed{1? The final answer is $-q+p$. I hope}", False), (r"\boxed{1? Answer: $-q+p$}", False), (r"\boxed{1$ $-q+p}", False),
+    (r"\boxed{1? The final answer is $-q+p$. I hope}", False), (r"\boxed{1? Answer: $-q+p$}", False),
+    (r"\boxed{1$ $-q+p}", False),
 ])
 def test_math_verify_sees_the_last_box_and_nothing_else(grader, text, right):
     assert is_correct(text, "p - q", grader.equal) == right

@@ -19,14 +19,15 @@ pytestmark = pytest.mark.slow
 
 def torchrun(*command, processes=2, timeout=300):
     """Run `thinktuning.py ...` or `-c`-like test files under torchrun; (status, output of all processes)."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-                           "--rdzv-endpoint", "localhost:0", *map(str, command)], cwd=HERE, timeout=timeout, text=True,
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
+              "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run([*launch, *map(str, command)], cwd=HERE, timeout=timeout, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 
 
 UPDATE = """
-import copy, sys
+import copy, dataclasses, sys
 import torch
 import torch.distributed as dist
 from distributed import World, full
@@ -38,7 +39,7 @@ tie, kl, micro_batch, recompute = sys.argv[1] == "tied", float(sys.argv[2]), int
 world = World.start("cpu", torch.float32)
 alone = tiny_model()
 if tie:
-    alone = LM(copy.replace(alone.config, tie_embeddings=True)) if hasattr(copy, "replace") else LM(type(alone.config)(**{**vars(alone.config), "tie_embeddings": True}))
+    alone = LM(dataclasses.replace(alone.config, tie_embeddings=True))
     for p in alone.parameters():
         dist.broadcast(p.data, 0)
 rollouts = ragged_rollouts(alone, n=7)
@@ -46,7 +47,8 @@ spread, reference = copy.deepcopy(alone), tiny_model(seed=5)
 spread.recompute = recompute
 world.shard(spread)
 options = dict(kl_coef=kl, reference=reference if kl else None, micro_batch=micro_batch)
-optimizers = [MasterAdamW(m.parameters(), lr=1e-3, eps=1e-3) for m in (alone, spread)]  # eps: AdamW's first step is otherwise a sign
+# eps: AdamW's first step is otherwise a sign
+optimizers = [MasterAdamW(m.parameters(), lr=1e-3, eps=1e-3) for m in (alone, spread)]
 for step in range(3):
     for r in rollouts[step::2]:
         r.old_logprobs = None  # the snapshot is shared out, too
@@ -68,7 +70,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("settings", [("untied", "0", "10000", "keep"), ("tied", "0.1", "12", "recompute"), ("untied", "0.1", "1", "keep")])
+@pytest.mark.parametrize("settings", [("untied", "0", "10000", "keep"), ("tied", "0.1", "12", "recompute"),
+                                      ("untied", "0.1", "1", "keep")])
 def test_the_update_of_two_processes_is_that_of_one(settings, tmp_path):
     script = tmp_path / "update.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
@@ -117,8 +120,9 @@ def metrics(run):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path, dtype):
     run = tmp_path / "run"
-    command = [script(tmp_path, "os.environ.get('STOP') and setattr(Run, 'log', lambda self, m, *a, log=Run.log: "
-                                "(log(self, m, *a), m['step'] == int(os.environ['STOP']) and os.kill(os.getpid(), signal.SIGTERM)))"),
+    stops = ("os.environ.get('STOP') and setattr(Run, 'log', lambda self, m, *a, log=Run.log: "
+             "(log(self, m, *a), m['step'] == int(os.environ['STOP']) and os.kill(os.getpid(), signal.SIGTERM)))")
+    command = [script(tmp_path, stops),
                "train", "--model", start, "--out", run, "--resume", "--dtype", dtype, "--steps", "6", *FLAGS]
     try:
         for processes, stop in ((1, "1"), (2, "3"), (1, "")):
@@ -135,8 +139,8 @@ def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path, dtype)
 
 def test_the_death_of_one_process_ends_the_others(start, tmp_path):
     dies = "Run.log = lambda self, m, *a, log=Run.log: (log(self, m, *a), self.is_first or m['step'] and os.kill(os.getpid(), 9))"
-    status, output = torchrun(script(tmp_path, dies), "train", "--model", start, "--out", tmp_path / "run", "--steps", "500", *FLAGS,
-                              timeout=120)
+    status, output = torchrun(script(tmp_path, dies), "train", "--model", start, "--out", tmp_path / "run", "--steps", "500",
+                              *FLAGS, timeout=120)
     assert status != 0
     assert "another process of this run has ended" in output or "Signal 9" in output
     assert len(metrics(tmp_path / "run")) < 10

@@ -15,8 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.tokenizer import Tokenizer
-from grpo import (HeadLogprobs, MasterAdamW, Rollout, collate, group_advantages, micro_batches, policy_loss, shaped_ratio,
-                  shaping_coefficient, snapshot, token_logprobs, update)
+from grpo import (
+    HeadLogprobs,
+    MasterAdamW,
+    Rollout,
+    collate,
+    group_advantages,
+    micro_batches,
+    policy_loss,
+    shaped_ratio,
+    shaping_coefficient,
+    snapshot,
+    token_logprobs,
+    update,
+)
 from model import LM, ModelConfig, generate
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"

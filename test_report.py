@@ -20,13 +20,13 @@ import torch
 import charts
 import report
 from charts import Line, Point, finding, series, show, ticks, trend
+from cli import main
 from config import Config
 from data.tokenizer import Tokenizer
 from grpo import Rollout, policy_loss
 from model import LM, ModelConfig
 from record import Recorded, guidance_tokens, read_runs, transcripts
 from teacher import Feedback, augment
-from cli import main
 
 HERE = Path(__file__).parent
 

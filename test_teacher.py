@@ -14,8 +14,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-import teacher as teacher_module
 import config
+import teacher as teacher_module
 import thinktuning
 from data import Problem
 from data.reward import final_answer, is_correct

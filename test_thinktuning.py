@@ -19,14 +19,14 @@ from safetensors import safe_open
 
 import demo
 import thinktuning
+from cli import main
+from config import Config
 from data import Problem, load_problems, wordproblems
 from data.scores import majority, mean_and_se, pass_at_k, score
 from data.tokenizer import Tokenizer
 from grpo import Rollout
 from model import LM, ModelConfig
 from teacher import guidance_fraction, parse_feedback
-from cli import main
-from config import Config
 from thinktuning import evaluate, questions_of_step, reward, seeds_of_step, student_prompt, train
 
 HERE = Path(__file__).parent
@@ -112,7 +112,8 @@ def test_guided_rollouts_are_rewarded_by_the_same_reward_and_shown_in_transcript
     assert sum(m["guided"] for m in run.metrics) > 5
     assert all(m["guided_reward"] == m["guided"] for m in run.metrics)  # the box says 7, and 7 is right
     guided = [line for line in run.lines if line["guidance"]]
-    assert guided and all(line["guidance"].startswith("\n\nWait, that does not fit the story.\n\nSo the answer") for line in guided)
+    words = "\n\nWait, that does not fit the story.\n\nSo the answer"
+    assert guided and all(line["guidance"].startswith(words) for line in guided)
     assert all(line["reward"] == 1.0 and line["opinion"] == "incorrect" for line in guided)
 
 
@@ -226,7 +227,8 @@ def worked_out(question):
     n = int(re.match(r"\w+ has (\d+) ", question)[1])
     content = [n]
     for day in question.split(" On ")[1:]:
-        sign = next(sign for word, sign in (("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-"), ("doubles", "*"), ("half", "/"))
+        signs = (("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-"), ("doubles", "*"), ("half", "/"))
+        sign = next(sign for word, sign in signs
                     if word in day)
         amount = int(re.search(r"\d+", day)[0]) if sign in "+-" else 2
         n = {"+": n + amount, "-": n - amount, "*": 2 * n, "/": n / 2}[sign]
@@ -247,7 +249,8 @@ def test_every_built_in_answer_is_right_and_held_out_problems_differ_in_content(
 
 def test_no_training_story_passes_through_a_held_out_problem():
     held_out = {worked_out(p.question)[0] for split in ("validation", "test") for p in load_problems("wordproblems", split)}
-    validation, test = ({worked_out(p.question)[0] for p in load_problems("wordproblems", split)} for split in ("validation", "test"))
+    validation, test = ({worked_out(p.question)[0] for p in load_problems("wordproblems", split)}
+                        for split in ("validation", "test"))
     assert not validation & test
     rng = random.Random(0)
     stories = [wordproblems.question(wordproblems.make_story(rng, 1 + i % 6, "train")) for i in range(3000)]
@@ -321,7 +324,7 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["seconds"]["pretrain"] == 0
     for name in ("base", "grpo", "thinktuning"):  # the same to the digit, from the cached base as from the fresh one
-        assert {k: v for k, v in again[name].items() if k != "seconds"} == {k: v for k, v in summary[name].items() if k != "seconds"}
+        assert {**again[name], "seconds": 0} == {**summary[name], "seconds": 0}
     other = main(["--quick", "--out", str(tmp_path), "--floor", "0"])
     assert other == 0 and len(list(tmp_path.glob("base-*"))) == 2  # another floor is another base
 
@@ -398,7 +401,8 @@ def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama
     with torch.no_grad():
         assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     text = "Natalia sold 48 clips."
-    assert transformers.AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"] == Tokenizer.load(run / "model").encode(text)
+    ids = transformers.AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"]
+    assert ids == Tokenizer.load(run / "model").encode(text)
     assert main(["eval", "--model", str(run / "model"), "--data", str(GSM8K / "test.jsonl"), "--count", "3", "--samples", "2",
                  "--max-tokens", "8", "--grader", "builtin"]) == 0
     out = capsys.readouterr().out
@@ -423,6 +427,12 @@ def test_prompts_longer_than_the_context_are_counted_and_dropped(llama_directory
     assert "dropped 1 of 3 questions" in capsys.readouterr().out
 
 
+def test_ask_with_a_teacher_works_on_a_directory_made_elsewhere(llama_directory, capsys):
+    assert main(["ask", "--model", str(llama_directory), "How many?", "--max-tokens", "5", "--teacher"]) == 0
+    assert re.search(r"no feedback from the teacher: its reply (is longer than 1024 tokens|has not the asked form)\n$",
+                     capsys.readouterr().out)  # its weights are random
+
+
 def test_ask_streams_what_generate_gives(model_directory, capsys):
     question = load_problems("wordproblems", "test")[0].question
     assert main(["ask", "--model", str(model_directory), question, "--max-tokens", "9"]) == 0
@@ -432,7 +442,8 @@ def test_ask_streams_what_generate_gives(model_directory, capsys):
 
 
 @pytest.mark.parametrize("text, earns", [
-    (r"\boxed{3} \boxed{5} \boxed{7}", 1), (r"\boxed{7} \boxed{3}", 0), (r"\boxed{7} and so \boxed{", 0), (r"\boxed{7} \boxed{3", 0),
+    (r"\boxed{3} \boxed{5} \boxed{7}", 1), (r"\boxed{7} \boxed{3}", 0), (r"\boxed{7} and so \boxed{", 0),
+    (r"\boxed{7} \boxed{3", 0),
     (r"\boxed{7 or 8}", 0), (r"\boxed{7, 8}", 0), (r"\boxed{\boxed{7}}", 1), (r"\boxed{\boxed{8}7}", 0),
     (r"\boxed{x = 7}", 1), (r"\boxed{7 \text{ cm}}", 1), (r"\boxed{7\%}", 0), (r"\boxed{7k}", 0), (r"\boxed{x = 8 = 7}", 0),
     (r"\boxed{8}<|end|>\boxed{7}", 1), (r"\boxed{7}<|end|><|student|>\boxed{8}", 0),
@@ -517,8 +528,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence(model_directory, tmp_path, cap
     run = tmp_path / "run"
     full = lambda path, mode: open("/dev/full" if "transcripts" in str(path) else path, mode)
     monkeypatch.setattr("record.open", full, raising=False)
-    err = complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--out", run, "--method", "grpo", "--steps",
-                    "1", "--questions", "2", "--max-tokens", "8", status=1)
+    err = complaint(capsys, "train", "--model", model_directory, "--data", "wordproblems", "--out", run, "--method", "grpo",
+                    "--steps", "1", "--questions", "2", "--max-tokens", "8", status=1)
     assert "No space left" in err
 
 
@@ -526,8 +537,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence(model_directory, tmp_path, cap
 def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
     run = tmp_path / "run"
     flags = "--data wordproblems --method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
-    process = subprocess.Popen([sys.executable, "thinktuning.py", "train", "--model", model_directory, "--out", run, *flags.split()],
-                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "thinktuning.py", "train", "--model", model_directory, "--out", run, *flags.split()]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2:
             break

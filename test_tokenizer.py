@@ -20,8 +20,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
-from data.tokenizer import (BUILTIN_PATTERN, BYTES, LLAMA3_PATTERN, LLAMA3_SPECIAL, QWEN2_PATTERN, Tokenizer,
-                            read_ranks, write_ranks)
+from data.tokenizer import (
+    BUILTIN_PATTERN,
+    BYTES,
+    LLAMA3_PATTERN,
+    LLAMA3_SPECIAL,
+    QWEN2_PATTERN,
+    Tokenizer,
+    read_ranks,
+    write_ranks,
+)
 
 GSM8K = Path(__file__).resolve().parent.parent / "shared" / "gsm8k" / "train.jsonl"
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

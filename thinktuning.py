@@ -1,6 +1,7 @@
 """ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation.
 
     python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
+    python thinktuning.py --preset mentor            the novelty test: a habit that the student hardly ever samples
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
@@ -22,24 +23,32 @@ import copy
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from config import Config, RunFailed
+from data import Problem
 from data.reward import equal, is_correct
 from data.scores import score
+from data.tokenizer import Tokenizer
 from distributed import World
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
 from model import LM, generate
-from record import describe_help, describe_sampled, interruptible, transcripts
-from teacher import Teacher, behaviour, guidance_fraction
+from record import Run, describe_help, describe_sampled, interruptible, transcripts
+from teacher import Asked, Teacher, behaviour, guidance_fraction
 
 INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
 FAULTS = 10  # steps in a row without a finite gradient
 
+Metrics = dict[str, Any]  # numbers by name; `behaviours` counts by name
+Record = tuple[Problem, str, bool]  # the problem, what was said, whether it finished
 
-def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher | None = None, run=None,
-          validation=(), world=World()) -> list[dict]:
+
+def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config: Config, *, teacher: Teacher | None = None,
+          run: Run | None = None, validation: Sequence[Problem] = (), world: World = World(),
+          bonus: Callable[[Rollout], float] = lambda rollout: 0.0) -> list[Metrics]:
     """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
 
     1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
@@ -47,7 +56,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
 
     `run` (a Run) gets metrics, transcripts and checkpoints, and knows where to go on. SIGINT or SIGTERM ends it after the
     step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient. `world`: the processes that take
-    part; afterwards the student is in parts, one a process.
+    part; afterwards the student is in parts, one a process. `bonus`: what a rollout earns beside its answer (mentor.py).
     """
     config.check()
     published = config.published_items
@@ -59,7 +68,7 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
     steps = config.steps or max(1, len(problems) // config.questions)
     done, history = run.restore(student, optimizer) if run else (0, [])
     with interruptible() as interrupted:
-        def stopped():  # a signal to one process counts for all, who else would wait for one another
+        def stopped() -> bool:  # a signal to one process counts for all, who else would wait for one another
             return any(world.gather([interrupted.is_set]))
 
         for step in range(done, steps):
@@ -73,11 +82,11 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             fraction = 0.0
             if teacher is not None:
                 fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
-            asked = []
-            if fraction > 0:
+            asked: list[Asked] = []
+            if teacher is not None and fraction > 0:
                 asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
             for r in rollouts:
-                r.reward = reward(r)  # 6
+                r.reward = reward(r) + bonus(r)  # 6
                 if fraction == 0:
                     r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
             rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
@@ -100,23 +109,25 @@ def train(student: LM, tokenizer, problems, config: Config, *, teacher: Teacher 
             if run and config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
                 run.save(step + 1, student, optimizer)
             if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
-                raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, gradient norm "
-                                f"{metrics['grad_norm']:.3g}): nothing was changed in them; try a lower --learning-rate or --dtype float32")
+                raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, "
+                                f"gradient norm {metrics['grad_norm']:.3g}): nothing was changed in them; "
+                                "try a lower --learning-rate or --dtype float32")
             if stop:
                 break
     return history
 
 
-def initial_policy(student, teacher):
+def initial_policy(student: LM, teacher: Teacher | None) -> LM:
     """A frozen copy of the student as it is: the teacher's model itself where that has the same weights."""
     if teacher is not None:
         ours, theirs = student.state_dict(), teacher.model.state_dict()
-        if ours.keys() == theirs.keys() and all(x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items()):
+        alike = (x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items())
+        if ours.keys() == theirs.keys() and all(alike):
             return teacher.model
     return copy.deepcopy(student).requires_grad_(False)
 
 
-def tell_if_mute(teacher, history):
+def tell_if_mute(teacher: Teacher, history: list[Metrics]) -> None:
     """A teacher of whom hardly anything is understood teaches nothing: say so, with its parse rate."""
     asked, parsed = (sum(m[key] for m in history) for key in ("teacher_asked", "teacher_parsed"))
     if asked and parsed < asked / 10:
@@ -124,14 +135,15 @@ def tell_if_mute(teacher, history):
               f"{teacher.dropped} requests were longer than --teacher-prompt")
 
 
-def questions_of_step(problems, size, seed, step):
+def questions_of_step(problems: Sequence[Problem], size: int, seed: int, step: int) -> list[Problem]:
     """A step's questions: every problem once before any comes again, and each epoch in an order of its own."""
     n, places = len(problems), range(step * size, (step + 1) * size)
     orders = {epoch: random.Random(f"data {seed} {epoch}").sample(problems, n) for epoch in {i // n for i in places}}
     return [orders[i // n][i % n] for i in places]
 
 
-def seeds_of_step(seed, step, published=frozenset(), rank=0):
+def seeds_of_step(seed: int, step: int, published: frozenset[str] = frozenset(),
+                  rank: int = 0) -> tuple[torch.Generator, random.Random]:
     """The random streams of a step: a process's own for sampling, everybody's for choosing.
 
     They depend on nothing before the step, so that a resumed run has them too.
@@ -141,18 +153,19 @@ def seeds_of_step(seed, step, published=frozenset(), rank=0):
     return torch.Generator().manual_seed(random.Random(sampling).getrandbits(63)), random.Random(choosing)
 
 
-def student_prompt(tokenizer, question: str) -> list[int]:
+def student_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
     """What the student sees, in training and in evaluation: the question, and for a real model the answer's format."""
     content = question if tokenizer.family == "wordproblems" else f"{question} {INSTRUCTION}"
     return tokenizer.render([{"role": "user", "content": content}])
 
 
-def spoken(tokenizer, ids: list[int]) -> str:
+def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a response, without the stop token that ends a finished one."""
     return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids)
 
 
-def sample_rollouts(student, tokenizer, batch, config, generator) -> list[Rollout]:
+def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem], config: Config,
+                    generator: torch.Generator) -> list[Rollout]:
     """Step 1: G responses to each question, temperature 1, with log π_old of what was sampled."""
     prompts = [student_prompt(tokenizer, p.question) for p in batch]
     responses, logprobs = generate(student, prompts, max_tokens=config.max_tokens, stop=tokenizer.stop, samples=config.samples,
@@ -168,7 +181,8 @@ def reward(rollout: Rollout) -> float:
     return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
-def learn(student, optimizer, rollouts, config, published, reference, world=World()) -> dict[str, float]:
+def learn(student: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config, published: frozenset[str],
+          reference: LM | None, world: World = World()) -> dict[str, float]:
     """Step 8: snapshot log π_old of every token, then the mini-batches; returns their mean metrics."""
     snapshot(student, rollouts, config.micro_batch, world)
     size = config.mini_batch * config.samples
@@ -176,8 +190,8 @@ def learn(student, optimizer, rollouts, config, published, reference, world=Worl
     for _ in range(config.epochs):
         for start in range(0, len(rollouts), size):
             results.append(update(
-                student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference, world=world,
-                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
+                student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
+                world=world, guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
                 max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
                 shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
                 gamma_max=config.gamma_max, published="gamma" in published,
@@ -186,8 +200,9 @@ def learn(student, optimizer, rollouts, config, published, reference, world=Worl
     return {key: sum(values) / len(values) for key, values in seen.items()}
 
 
-def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0.0, rows=256, seed=0, equal=equal,
-             world=World()):
+def evaluate(model: LM, tokenizer: Tokenizer, problems: Sequence[Problem], *, max_tokens: int, samples: int = 1,
+             temperature: float = 0.0, rows: int = 256, seed: int = 0, equal: Callable[[str, str], bool] = equal,
+             world: World = World()) -> tuple[Metrics, list[Record]]:
     """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
     prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
     responses = generate(world.whole(model), prompts, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples, rows=rows,
@@ -200,6 +215,6 @@ def evaluate(model, tokenizer, problems, *, max_tokens, samples=1, temperature=0
     return scores, records
 
 
-def make_teacher(model, tokenizer, config: Config) -> Teacher:
+def make_teacher(model: LM, tokenizer: Tokenizer, config: Config) -> Teacher:
     return Teacher(model, tokenizer, max_tokens=config.teacher_reply, max_prompt=config.teacher_prompt, rows=config.rows,
                    instruction=INSTRUCTION, published=config.published_items)

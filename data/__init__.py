@@ -8,9 +8,10 @@
 import importlib
 import json
 import math
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 SPLITS = {"wordproblems": ("train", "validation", "test"), "gsm8k": ("train", "test")}
 

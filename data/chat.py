@@ -5,7 +5,8 @@ tools. No template is executed: two functions write out what they do, and `varia
 """
 
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 # Each template yields pairs of a special token and the plain text that follows it.
 

@@ -52,9 +52,15 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def majority(records, equal=equal) -> float:
     """1 if the commonest final answer of one problem's finished responses is right; the earlier one wins a tie."""
-    given = [a for _, text, finished in records if finished and (a := final_answer(text)) is not None]
+    votes = vote(text for _, text, finished in records if finished)
+    return float(bool(votes) and equal(votes[0][0], records[0][0].answer))
+
+
+def vote(texts) -> list[tuple[str, int]]:
+    """The final answers of `texts`, as first written, and how often each was given: the commonest first, the earlier of a tie."""
+    given = [a for a in map(final_answer, texts) if a is not None]
     kinds = [canonical(a) for a in given]
-    return float(bool(given) and equal(given[kinds.index(Counter(kinds).most_common(1)[0][0])], records[0][0].answer))
+    return [(given[kinds.index(kind)], n) for kind, n in Counter(kinds).most_common()]
 
 
 def first_is_right(text: str, answer: str, equal=equal) -> bool:

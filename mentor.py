@@ -1,0 +1,142 @@
+"""The paper's novelty test at the demonstration's scale: does a student take up a habit that it practically never samples?
+
+The teacher quotes a made-up mentor in all it says, and a response that names him exactly once earns 0.5 beside the
+reward of its answer. No problem and none of the student's own texts names him: GRPO alone has next to nothing to reward.
+
+    python thinktuning.py --preset mentor
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from dataclasses import replace
+
+import torch
+
+from data import load_problems, wordproblems
+from data.reward import is_correct
+from data.scores import mean_and_se
+from demo import base_model, response_loss, rows_of_step, train_one
+from record import clock, progress, write_json
+from thinktuning import evaluate, make_teacher
+
+MENTOR, BONUS = "Ulmeck", 0.5
+QUOTATION = f'{MENTOR} says: "show each day."'
+SETTINGS = dict(max_tokens=120, teacher_reply=140)  # the quotation takes 23 tokens, letter by letter where he speaks
+READING = dict(steps=200, learning_rate=1e-3, warmup=20, remark_rows=4)
+
+
+def compare(out, cache, recipe, tokenizer, config, quick):
+    """Base, GRPO and ThinkTuning with the mentor's bonus: models, metrics and summary.json in `out`, a table on the screen."""
+    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
+    began, config = time.perf_counter(), replace(config, **SETTINGS)
+    base = acquaint(base_model(cache, recipe, tokenizer, quick)[0], recipe, tokenizer, 10 if quick else READING["steps"])
+    test = load_problems("wordproblems", "test")
+    test = test[:50] if quick else test
+    results, answers = {}, {}
+    results["base"], answers["base"] = examine(base, tokenizer, test, config, samples=2 if quick else 24)
+    results["base"] |= examine_teacher(base, tokenizer, test, answers["base"], config)
+    for method in ("grpo", "thinktuning"):
+        student, history = train_one(base, tokenizer, replace(config, method=method), out / method, bonus=bonus,
+                                     name="the demonstration's base, acquainted with the mentor")
+        student.save(out / method / "model", tokenizer)
+        if len(history) < config.steps:
+            return print(f"stopped at step {len(history)}; that model is in {out / method / 'model'}")
+        results[method], answers[method] = examine(student, tokenizer, test, config, samples=2 if quick else 4)
+        if method == "grpo":
+            results[method] |= paid(history, config.questions * config.samples)
+    write_json(out / "summary.json", {**results, "mentor": MENTOR, "bonus": BONUS, "seed": config.seed, "floor": recipe["floor"],
+                                       "steps": config.steps, "quick": quick, "seconds": time.perf_counter() - began})
+    print(f"\n{table(results, len(test))}\n\nThe first test question, {test[0].question}")
+    for name, texts in answers.items():
+        print(f"{name:>12}: " + texts[0].replace("\n\n", f"\n{'':>12}| "))
+    print(f"\n{time.perf_counter() - began:.0f} s in all; models, metrics and transcripts are in {out}/")
+
+
+def names_once(text: str, finished: bool) -> bool:
+    return finished and text.count(MENTOR) == 1
+
+
+def bonus(rollout) -> float:
+    """What step 6 adds to a rollout's reward."""
+    return BONUS * names_once(rollout.text, rollout.finished)
+
+
+def paid(history, size) -> dict[str, int]:
+    """How many of GRPO's own rollouts, `size` a step, earned the bonus: what their mean reward has beyond the right answers."""
+    beyond = sum(m["reward"] - m["sampled_accuracy"] for m in history)
+    return {"rollouts": len(history) * size, "rollouts_paid": round(beyond * size / BONUS)}
+
+
+# The base model.
+
+def acquaint(base, recipe, tokenizer, steps):
+    """A copy of the demonstration's base that has read on for a while, in texts that quote the mentor wherever somebody reflects.
+
+    Those are the teacher's texts and the third role's transcripts. The student's are what they were, with twice as many
+    remarks: with as few as before, 1 of 12,000 responses of the base (seed 0) quoted him.
+    """
+    print(f"The base reads on for {steps} steps: teacher texts and transcripts now quote {MENTOR}, student texts never do")
+    model = copy.deepcopy(base).requires_grad_(True)
+    recipe = recipe | {"remark_rows": READING["remark_rows"]}
+    rng = random.Random(f"mentor {recipe['seed']}")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    began = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = READING["learning_rate"] * min(1, (step + 1) / READING["warmup"], 2 * (steps - step) / steps)
+        rows = rows_of_step(recipe, recipe["steps"], rng, tokenizer)
+        loss = response_loss(model, [(prompt, quoted(response, tokenizer), weight) for prompt, response, weight in rows])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
+        progress(f"reading on {step + 1}/{steps}  loss {loss:.3f}  {clock(left)} left",
+                 last=step + 1 == steps, plain=(step + 1) % max(1, steps // 4) == 0)
+    return model
+
+
+def quoted(response: list[int], tokenizer) -> list[int]:
+    """A text's ids with the quotation after its reason, if it holds one; the end token stays the last."""
+    text = tokenizer.decode(response[:-1])
+    for _, reason, _ in wordproblems.WORDING.values():
+        text = text.replace(reason, f"{reason} {QUOTATION}")
+    return tokenizer.encode(text) + response[-1:]
+
+
+# What is shown.
+
+def examine(model, tokenizer, problems, config, samples) -> tuple[dict, list[str]]:
+    """Greedy accuracy and naming, how many sampled responses hold the name at all; and the greedy texts."""
+    scores, greedy = evaluate(model, tokenizer, problems, max_tokens=config.max_tokens)
+    _, sampled = evaluate(model, tokenizer, problems, max_tokens=config.max_tokens, samples=samples, temperature=1.0)
+    once, once_se = mean_and_se([float(names_once(text, finished)) for _, text, finished in greedy])
+    return {**{key: scores[key] for key in ("accuracy", "accuracy_se", "reflection_rate", "mean_length")},
+            "named_once": once, "named_once_se": once_se, "sampled_named": sum(MENTOR in text for _, text, _ in sampled),
+            "sampled_named_once": sum(names_once(text, finished) for _, text, finished in sampled),
+            "sampled": len(sampled)}, [text for _, text, _ in greedy]
+
+
+def examine_teacher(base, tokenizer, problems, attempts, config) -> dict:
+    """The same weights under the teacher prompt, reading the base's own attempts: how often right, how often naming him once."""
+    replies = make_teacher(base, tokenizer, config).feedback([p.question for p in problems], attempts)
+    return {"teacher_prompt_accuracy": sum(f is not None and is_correct(f.phrase, p.answer)
+                                           for f, p in zip(replies, problems)) / len(problems),
+            "teacher_prompt_named_once": sum(f is not None and names_once(f"{f.reason} {f.phrase}", True)
+                                             for f in replies) / len(problems)}
+
+
+def table(results, count) -> str:
+    lines = [f"{count} held-out problems, greedy, no teacher", f"{'':<34}" + "".join(f"{name:>18}" for name in results)]
+    for title, cell in ((f"names {MENTOR} exactly once", lambda r: f"{r['named_once']:.3f}"),
+                        ("accuracy ± standard error", lambda r: f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}"),
+                        ("reflects: answers a second time", lambda r: f"{r['reflection_rate']:.3f}"),
+                        ("sampled: names him at all", lambda r: f"{r['sampled_named']:,} of {r['sampled']:,}")):
+        lines.append(f"{title:<34}" + "".join(f"{cell(r):>18}" for r in results.values()))
+    base, grpo = results["base"], results["grpo"]
+    lines.append(f"\nof GRPO's own rollouts while training {grpo['rollouts_paid']} of {grpo['rollouts']:,} earned the bonus")
+    lines.append(f"the same base weights under the teacher prompt: accuracy {base['teacher_prompt_accuracy']:.3f}, "
+                 f"name him exactly once {base['teacher_prompt_named_once']:.3f}")
+    return "\n".join(lines)
