@@ -127,8 +127,8 @@ def describe(config: Config, sizes: Sizes, device, free: int) -> str:
     parts = memory(config, sizes)
     kind = str(sizes.dtype).removeprefix("torch.") + (", float32 master weights" if sizes.dtype.itemsize < 4 else "")
     lines = [f"{parameters(sizes.student):,} parameters in {kind}, on {device}",
-             f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts of up to {config.max_tokens} tokens; "
-             f"micro-batches of {config.micro_batch:,} tokens",
+             f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts of up to {config.max_tokens} "
+             f"tokens; micro-batches of {config.micro_batch:,} tokens",
              "memory, estimated: " + ", ".join(f"{k} {b / GIB:.2f}" for k, b in parts.items()),
              f"at its peak {peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free: it fits"]
     return "\n".join(lines)
