@@ -85,13 +85,7 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
             asked: list[Asked] = []
             if teacher is not None and fraction > 0:
                 asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
-            for r in rollouts:
-                r.reward = reward(r) + bonus(r)  # 6
-                if fraction == 0:
-                    r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
-            rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
-            for r, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
-                r.advantage = advantage  # 7
+            rewards = rate(rollouts, config, fraction, bonus)  # 6-7
             metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
             metrics |= learn(student, optimizer, rollouts, config, published, reference, world)  # 8
@@ -179,6 +173,18 @@ def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem],
 def reward(rollout: Rollout) -> float:
     """Step 6: 1 if the response finished and its last boxed answer is right. A wrong teacher earns its student nothing."""
     return float(rollout.finished and is_correct(rollout.text, rollout.answer))
+
+
+def rate(rollouts: list[Rollout], config: Config, fraction: float, bonus: Callable[[Rollout], float]) -> torch.Tensor:
+    """Steps 6 and 7: every rollout's reward and advantage; returns the rewards, (Q, G)."""
+    for r in rollouts:
+        r.reward = reward(r) + bonus(r)
+        if fraction == 0:
+            r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
+    for r, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
+        r.advantage = advantage
+    return rewards
 
 
 def learn(student: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config, published: frozenset[str],
