@@ -22,7 +22,7 @@ from data import load_problems, wordproblems
 from data.reward import answers, is_correct
 from data.scores import first_is_right, mean_and_se, score
 from data.tokenizer import Tokenizer
-from model import LM, Attention, Block, Linear, ModelConfig
+from model import LM, Attention, Block, ModelConfig
 from record import Run, clock, coloured, in_colour, progress, writable, write_json
 from report import write_report
 from teacher import Feedback
@@ -152,7 +152,7 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
 
 def recipe_key(recipe: dict) -> str:
     """Changes with everything that makes the base model: settings, texts, vocabulary, architecture, training, torch."""
-    sources = [inspect.getsource(x) for x in (wordproblems, LM, Block, Attention, Linear, pretrain, rows_of_step, response_loss)]
+    sources = [inspect.getsource(x) for x in (wordproblems, LM, Block, Attention, pretrain, rows_of_step, response_loss)]
     vocabulary = Path(wordproblems.__file__).with_suffix(".tiktoken").read_text()
     return hashlib.sha256(json.dumps([recipe, sources, vocabulary, torch.__version__]).encode()).hexdigest()[:12]
 

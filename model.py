@@ -68,7 +68,7 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             nn.init.normal_(self.embed.weight, std=config.dim**-0.5)
             self.head.weight = self.embed.weight
@@ -165,8 +165,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.down = Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, attend: Attend | None, recompute_ffn: bool = False) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, attend)
@@ -179,23 +179,12 @@ class Block(nn.Module):
         return y
 
 
-class Linear(nn.Linear):
-    """nn.Linear, which for the few rows of a decoding step takes 1.3 to 1.4 times as long on a CPU as W @ x.T does (bench.py)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if x.is_cuda or not 6 <= rows <= 32:
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.qkv = Linear(c.dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
-        self.out = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.qkv = nn.Linear(c.dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
