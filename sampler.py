@@ -299,13 +299,15 @@ def attend_to_both(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: 
     B, K, G, E = q.shape
     q = q * E**-0.5
     together = q.transpose(0, 1).reshape(K, B * G, E)
-    to_prefix = (together @ prefix_k.transpose(1, 2)).view(K, B, G, -1).transpose(0, 1)  # (B, K, G, P)
-    to_own = (q @ k.transpose(2, 3)) + mask  # (B, K, G, S)
-    weights = torch.cat((to_prefix, to_own), dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    on_prefix, on_own = torch.split(weights, [prefix_k.shape[1], k.shape[2]], dim=-1)
-    from_prefix = on_prefix.transpose(0, 1).reshape(K, B * G, -1) @ prefix_v
-    y: Tensor = from_prefix.view(K, B, G, E).transpose(0, 1) + on_own @ v
-    return y
+    to_prefix = (together @ prefix_k.transpose(1, 2)).float()  # (K, B * G, P)
+    to_own = (q @ k.transpose(2, 3)).float() + mask  # (B, K, G, S)
+    top = torch.maximum(to_prefix.amax(-1).view(K, B, G).transpose(0, 1), to_own.amax(-1))  # (B, K, G)
+    to_prefix = to_prefix.sub_(top.transpose(0, 1).reshape(K, B * G, 1)).exp_()
+    to_own = to_own.sub_(top[..., None]).exp_()
+    total = to_prefix.sum(-1).view(K, B, G).transpose(0, 1) + to_own.sum(-1)
+    from_prefix = (to_prefix.to(q.dtype) @ prefix_v).view(K, B, G, E).transpose(0, 1)
+    y: Tensor = (from_prefix + to_own.to(q.dtype) @ v) / total[..., None]
+    return y.to(q.dtype)
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
