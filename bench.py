@@ -56,6 +56,11 @@ PARTS = ("rollouts", "update", "teacher", "step")
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
+    try:
+        check(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     if args.peak:
         print(peak_of_update(args.peak, args.shapes[0], args.device, args.dtype))
@@ -77,6 +82,22 @@ def main(argv=None) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps({**bench.about, "results": bench.results}, indent=1))
     return 0
+
+
+def check(args) -> None:
+    """Raises ValueError or OSError for what would otherwise end a run of minutes."""
+    for flag in ("repeats", "threads"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine, or this build of torch, has none")
+    if args.problems and not all("question" in json.loads(line) for line in Path(args.problems).read_text().splitlines()):
+        raise ValueError(f"{args.problems}: every line must be an object with a question and an answer")
+    if args.base:
+        Tokenizer.load(args.base)
+        LM.load(args.base)
+    if args.json:
+        Path(args.json).touch()
 
 
 class Bench:
@@ -155,12 +176,12 @@ class Bench:
                 share = floor / statistics.median(s)
                 speed = rows * LENGTH / statistics.median(s)
                 self.report(shape, "rollouts", f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
-                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor", tokens_per_second=speed, floor_s=floor,
+                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed", tokens_per_second=speed, floor_s=floor,
                             share_of_floor=share)
         steps = range(0, LENGTH, LENGTH // 4)  # without a cache every step costs more than the last: four of them stand for all
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
-        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (every 16th step, times 16)", s)
+        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
         if gpu:
             with torch.profiler.profile() as profile:
                 generate(self.model, prompts, samples=SAMPLES, **options)
@@ -223,7 +244,7 @@ class Bench:
         rows = len(prompts) * SAMPLES
         floor = self.rollout_floor(len(prompts), rows) + self.update_floor(rows, 2 * LENGTH, LENGTH)
         median = statistics.median(seconds)
-        self.report(shape, "step", "whole GRPO step", seconds, f"{median / floor:.2f} times the floor", floor_s=floor,
+        self.report(shape, "step", "whole GRPO step", seconds, f"{median / floor:.2f} times the floor's time", floor_s=floor,
                     ratio=median / floor)
         for name, s in spent.items():
             self.report(shape, "step", f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}")

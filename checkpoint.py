@@ -77,6 +77,7 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
         return step
     if found:
         raise RunFailed(f"no checkpoint in {directory} is whole: start anew in another directory")
+    print(f"there is no checkpoint in {directory}: starting at the first step", file=sys.stderr)
     return 0
 
 

@@ -66,8 +66,8 @@ def prepare_train(args):
     from record import Run
     from thinktuning import make_teacher, train
 
-    config = Config(**{**(DEMO if args.preset == "demo" else {}), **{f.name: getattr(args, f.name) for f in fields(Config)
-                                                                     if hasattr(args, f.name)}})
+    preset = {**DEMO, "save_every": Config.save_every} if args.preset == "demo" else {}  # only the demonstration saves nothing
+    config = Config(**{**preset, **{f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}})
     config.check()
     sinks.check(args.sinks)
     out = Path(args.out or f"out/{config.method}-{config.seed}")
@@ -107,7 +107,8 @@ def prepare_train(args):
             return
         report.write_report(out)
         summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
-        print(f"{len(history)} steps -> {out}/model  {summary}")
+        short = f" of {config.steps}, stopped; --resume goes on" if len(history) < config.steps else ""
+        print(f"{len(history)} steps{short} -> {out}/model  {summary}")
         if args.verbose:
             recorded = {"student": trained.recordings, "teacher": teacher.model.recordings if teacher else 0}
             print("decoding steps recorded as CUDA graphs: " + ", ".join(f"{who} {n}" for who, n in recorded.items()))
@@ -146,7 +147,11 @@ def fitting(problems: list, model, tokenizer, config, source) -> list:
     """The problems whose prompt leaves room for an answer; says how many were dropped."""
     from thinktuning import student_prompt
 
-    room = min(config.max_prompt, model.config.max_seq_len - config.max_tokens)
+    context = model.config.max_seq_len
+    room = min(config.max_prompt, context - config.max_tokens)
+    if room < 1:
+        raise ValueError(f"the model's context is {context} tokens, and --max-tokens {config.max_tokens} leaves none of it for a "
+                         f"question; lower --max-tokens (a model of the demonstration: --preset demo)")
     kept = [p for p in problems if len(student_prompt(tokenizer, p.question)) <= room]
     if len(kept) < len(problems):
         print(f"{source}: dropped {len(problems) - len(kept)} of {len(problems)} questions longer than {room} tokens")
@@ -191,6 +196,8 @@ def prepare_ask(args):
         raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
     place = device_and_dtype(args)
     model, tokenizer = load_model(args.model, *place)
+    if not args.question.strip():
+        raise ValueError("the question is empty")
     room = model.config.max_seq_len - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
         raise ValueError(f"the question leaves {room} tokens of the model's context of {model.config.max_seq_len}; "

@@ -24,7 +24,7 @@ class Config:
 
     method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
     seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
-    steps: int = option(0, "run", "training steps; 0 is one epoch", least=0)
+    steps: int = option(0, "run", "training steps; 0 is one epoch", least=0, most=10**9)
     eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
     eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
     save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0)

@@ -55,6 +55,8 @@ def prepare(args):
     unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost),
                ("-quick", args.quick))
     settings = "".join(name for name, is_so in unusual if is_so)
+    config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
+    config.check()
     out = Path(args.out) if args.out else Path("out") / f"{args.preset}-{args.seed}{settings}"
     writable(out)
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
@@ -62,8 +64,6 @@ def prepare(args):
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
     recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
-    config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
-    config.check()
     tokenizer = Tokenizer.builtin()
     if args.preset == "mentor":
         from mentor import compare  # it imports this file

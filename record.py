@@ -150,7 +150,10 @@ def writable(path) -> Path:
     ValueError if it holds a link, through which what is written would end up elsewhere, or a pipe or device.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"no directory can be made at {path} ({error.strerror}): give another --out") from None
     if other := next((p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None):
         raise ValueError(f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
                          "another --out")

@@ -115,6 +115,10 @@ def main(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.agreement FILE")
-    main(sys.argv[1])
+    try:
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python -m data.agreement FILE")
+        main(sys.argv[1])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
