@@ -21,6 +21,10 @@ from record import Recorded, read_runs
 STYLE = (Path(__file__).parent / "report.css").read_text()
 METHODS = {"base": "Base", "grpo": "GRPO", "thinktuning": "ThinkTuning"}
 BEHAVIOURS = ("self-conflict", "self-critique", "self-agreement", "self-consultation")
+LEAD = ("GRPO samples a group of responses to each question and learns from how each one’s reward compares with its group’s. "
+        "ThinkTuning does the same, but at first a teacher adds a second look of its own to some of them: they are guided, and "
+        "its tokens weigh w = π/(π + γ), little where the student finds them impossible. A response reflects when a second "
+        "boxed answer follows its first.")
 LIMIT, CHARTS = 980_000, 500_000  # bytes of the page, and of the charts on it; the transcripts fill what is left
 POINTS = (120, 60, 30, 15)  # of a line, the first number with which the charts fit: longer runs are drawn as means over steps
 LONGEST = 6_000  # characters of one text
@@ -67,7 +71,7 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
         if size(charts) <= CHARTS:
             break
     results = outcome(groups, summaries)
-    sections = [("outcome", "The outcome", tiles(results) + held_out_table(summaries)),
+    sections = [("outcome", "The outcome", tiles(results) + held_out_table(summaries) + left_out(runs, summaries)),
                 ("runs", "What was run", runs_table(runs) + settings(groups)), *charts]
     sections.append(("transcripts", "Transcripts", transcripts(groups, LIMIT - len(STYLE) - size(sections))))
     sections = [s for s in sections if s[2]]
@@ -82,6 +86,7 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
 <style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
 <header><p class="kicker">Report of {len(runs)} run{"s" * (len(runs) != 1)}</p><h1>{title}</h1>
+<p class="kicker">{LEAD}</p>
 <nav aria-label="Sections">{nav}</nav></header>
 <main id="main">
 {body}</main></body></html>
@@ -182,6 +187,12 @@ def held_out_table(summaries) -> str:
     over = f"over {len(summaries)} demonstrations" if len(summaries) > 1 else "over the problems"
     caption = f"Held-out problems, no teacher; ± is the standard error {over}"
     return table(caption, ["score", *map(METHODS.get, columns)], rows) if columns else ""
+
+
+def left_out(runs, summaries) -> str:
+    """A demonstration's table holds its own runs; other runs on the page must not seem forgotten."""
+    others = [esc(str(r.path)) for r in runs if not str(r.config.get("model")).startswith("the demonstration's base")]
+    return f"<p>Not in this table, for want of the same test: {', '.join(others)}.</p>" if summaries and others else ""
 
 
 def runs_table(runs) -> str:

@@ -326,6 +326,17 @@ def test_variants_of_one_method_are_told_apart_by_what_differs(tmp_path):
     assert len({g.style for g in groups}) == 3
 
 
+def test_a_run_that_took_no_part_in_a_demonstration_is_named_beside_its_table(tmp_path):
+    demonstration = tmp_path / "demo"
+    make_run(demonstration / "grpo", [step_metrics(0, 0.3)], method="grpo", model="the demonstration's base")
+    scores = {"accuracy": 0.3, "reflection_rate": 0.0}
+    (demonstration / "summary.json").write_text(json.dumps({"base": scores, "grpo": scores}))
+    make_run(tmp_path / "mine", [step_metrics(0, 0.9)], method="grpo", model="somewhere")
+    assert "Not in this table" not in made(demonstration)
+    assert f"Not in this table, for want of the same test: {tmp_path / 'mine'}." in made(demonstration, tmp_path / "mine")
+    assert "Not in this table" not in made(tmp_path / "mine")
+
+
 def test_a_demonstration_shows_its_held_out_table_first(tmp_path):
     def summary(shift):
         return {"base": {"accuracy": 0.3 + shift, "accuracy_se": 0.021, "reflection_rate": 0.0, "wrong_to_right": 0},
