@@ -94,6 +94,47 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(lengths, chunks, 
         here = here + n
 
 
+def no_rotation(model, patch):
+    patch.setattr("model.rotate", lambda x, rope: x)
+
+
+def next_position_off_by_one(model, patch):
+    reserve = KVCache.reserve
+    patch.setattr(KVCache, "reserve", lambda self, B, T: (lambda at, mask: (at + (T == 1), mask))(*reserve(self, B, T)))
+
+
+def no_mask(model, patch):
+    attention = torch.nn.functional.scaled_dot_product_attention
+    patch.setattr("torch.nn.functional.scaled_dot_product_attention",
+                  lambda q, k, v, mask=None, is_causal=False, **more: attention(q, k, v, **more))
+
+
+def no_epsilon(model, patch):
+    for module in model.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            patch.setattr(module, "eps", 0.0)
+
+
+def no_bias(model, patch):
+    for layer in model.layers:
+        patch.setattr(layer.attention.qkv, "bias", None)
+
+
+@pytest.mark.parametrize("fault", (None, no_rotation, next_position_off_by_one, no_mask, no_epsilon, no_bias))
+def test_these_weights_show_every_fault(fault):
+    """The other tests compare to 1e-4: here what they compare moves by a hundred times that, so no such fault can hide."""
+    model = liven(LM(replace(SMALL, qkv_bias=True)))
+    ids = random_tokens(12).tolist()
+    expected = uncached(ids, model)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        if fault:
+            fault(model, patch)
+        cache = KVCache(model, 1, 12)
+        found = torch.cat([model(torch.tensor([ids[:8]]), cache), *(model(torch.tensor([[t]]), cache) for t in ids[8:])], 1)[0]
+    difference = (found - expected).abs().max()
+    assert difference > 1e-2 if fault else difference < 1e-4
+
+
 def test_padding_inside_a_prefilled_batch_changes_no_position():
     prompts = prompts_of(3, 9, 1)
     cache = KVCache(MODEL, 3, 9)
