@@ -20,6 +20,7 @@ from data.reward import is_correct
 from data.scores import mean_and_se
 from demo import base_model, response_loss, rows_of_step, train_one
 from record import clock, progress, write_json
+from report import write_report
 from thinktuning import evaluate, make_teacher
 
 MENTOR, BONUS = "Ulmeck", 0.5
@@ -30,7 +31,8 @@ READING = dict(steps=200, learning_rate=1e-3, warmup=20, remark_rows=4)
 
 def compare(out, cache, recipe, tokenizer, config, quick):
     """Base, GRPO and ThinkTuning with the mentor's bonus: models, metrics and summary.json in `out`, a table on the screen."""
-    (out / "summary.json").unlink(missing_ok=True)  # an old table must not stand beside new models
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink(missing_ok=True)  # an old table must not stand beside new models
     began, config = time.perf_counter(), replace(config, **SETTINGS)
     base = acquaint(base_model(cache, recipe, tokenizer, quick)[0], recipe, tokenizer, 10 if quick else READING["steps"])
     test = load_problems("wordproblems", "test")
@@ -49,10 +51,11 @@ def compare(out, cache, recipe, tokenizer, config, quick):
             results[method] |= paid(history, config.questions * config.samples)
     write_json(out / "summary.json", {**results, "mentor": MENTOR, "bonus": BONUS, "seed": config.seed, "floor": recipe["floor"],
                                        "steps": config.steps, "quick": quick, "seconds": time.perf_counter() - began})
+    write_report(out)
     print(f"\n{table(results, len(test))}\n\nThe first test question, {test[0].question}")
     for name, texts in answers.items():
         print(f"{name:>12}: " + texts[0].replace("\n\n", f"\n{'':>12}| "))
-    print(f"\n{time.perf_counter() - began:.0f} s in all; models, metrics and transcripts are in {out}/")
+    print(f"\n{time.perf_counter() - began:.0f} s in all; models, metrics, transcripts and report.html are in {out}/")
 
 
 def names_once(text: str, finished: bool) -> bool:

@@ -73,6 +73,19 @@ def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeyp
     assert not torch.equal(first, other) and not torch.equal(first, weights(finishing_student()[0]))
 
 
+def test_the_kl_terms_reference_is_the_teachers_model_where_that_is_the_initial_policy():
+    student, tokenizer = tiny()
+    teacher = thinktuning.make_teacher(tiny()[0], tokenizer, tiny_config())
+    assert thinktuning.initial_policy(student, teacher) is teacher.model
+    for other in (None, thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config())):
+        alone = thinktuning.initial_policy(student, other)
+        assert alone is not student and torch.equal(weights(alone), weights(student))
+        assert not any(p.requires_grad for p in alone.parameters())
+    with torch.no_grad():
+        student.norm.weight[0] += 1e-6
+    assert thinktuning.initial_policy(student, teacher) is not teacher.model
+
+
 def scripted_teacher(tokenizer, phrase):
     """A teacher that always says the same, in the real format, so that guidance happens whatever the weights are."""
     teacher = thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config())
