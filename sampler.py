@@ -53,8 +53,7 @@ def generate(model: LM, prompts: list[list[int]], *, max_tokens: int, stop: Iter
     # depends neither on its neighbours nor on when they end. Line n is for rows that write no response.
     uniform = 1 - torch.rand(n, max_tokens, generator=generator, device=generator.device if generator else None)  # (0, 1]
     uniform = F.pad(uniform, (0, 0, 0, 1), value=1.0).to(device)
-    shared = common_prefix(prompts)
-    if prefix is None and shared >= SHARE_FROM:
+    if prefix is None and (shared := shared_prefix(prompts)) >= SHARE_FROM:
         prefix, _ = prefill(model, [prompts[0][:shared]])
         prompts = [p[shared:] for p in prompts]
     block = 0 if on_step else BLOCK.get(device.type, 0)
@@ -198,11 +197,14 @@ def prefill(model: LM, prompts: list[list[int]], prefix: KVCache | None = None) 
     return cache, model.head(states[torch.arange(len(prompts), device=model.device), last])
 
 
-def common_prefix(prompts: list[list[int]]) -> int:
+def shared_prefix(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
-    low, high = min(prompts), max(prompts)  # whatever these two share, all that sort between them share
-    alike = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    alike = common_prefix(min(prompts), max(prompts))  # whatever these two share, all that sort between them share
     return min(alike, *(len(p) - 1 for p in prompts)) if len(prompts) > 1 else 0
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class KVCache:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data.tokenizer import Tokenizer
 from distributed import World
-from model import LM, KVCache, generate, prefill
+from model import LM
+from sampler import KVCache, common_prefix, generate, prefill
 
 if TYPE_CHECKING:  # of the losses this file knows nothing
     from grpo import Rollout
@@ -178,10 +179,6 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     rollout.response, rollout.guided_from, rollout.old_logprobs = augmented, min(len(attempt), len(augmented)), None
     rollout.text = tokenizer.decode([t for t in augmented if t not in tokenizer.stop])
     return True
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 CUES = {  # behaviour: words that mark it, in the exemplars below and in the built-in problems' wording

@@ -264,7 +264,7 @@ def test_what_all_prompts_begin_with_is_computed_once(monkeypatch):
 @pytest.mark.parametrize("prompts, shared", [([[1, 2, 3]], 0), ([[1, 2, 3], [1, 2, 4], [1, 2]], 1), ([[1, 2, 3]] * 2, 2),
                                              ([[1, 2], [2, 2]], 0), ([[1], [1, 2]], 0), ([[5, 6, 7, 1], [5, 6, 7, 9], [5, 6, 8]], 2)])
 def test_the_common_prefix_leaves_every_prompt_a_token(prompts, shared):
-    assert sampler.common_prefix(prompts) == shared
+    assert sampler.shared_prefix(prompts) == shared
 
 
 @pytest.mark.parametrize("groups", (1, 3))
