@@ -152,7 +152,7 @@ def base_model(cache: Path, recipe: dict, tokenizer, quick=False) -> tuple[LM, d
 
 def recipe_key(recipe: dict) -> str:
     """Changes with everything that makes the base model: settings, texts, vocabulary, architecture, training, torch."""
-    sources = [inspect.getsource(x) for x in (wordproblems, LM, Block, Attention, pretrain, rows_of_step, response_loss)]
+    sources = [inspect.getsource(x) for x in (wordproblems, LM, Block, Attention, pretrain, read, rows_of_step, response_loss)]
     vocabulary = Path(wordproblems.__file__).with_suffix(".tiktoken").read_text()
     return hashlib.sha256(json.dumps([recipe, sources, vocabulary, torch.__version__]).encode()).hexdigest()[:12]
 
@@ -166,20 +166,28 @@ def pretrain(recipe: dict, tokenizer, cycle=0, model: LM | None = None) -> LM:
     model = model or LM(ModelConfig(tokenizer.vocab_size, recipe["dim"], recipe["n_layers"], heads, heads,
                                     recipe["dim"] // heads, recipe["ffn_dim"], max_seq_len=320))
     model.requires_grad_(True)  # the gate's teacher froze it
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    steps, began = recipe["steps"], time.perf_counter()
+    steps = recipe["steps"]
+
+    def rate(step):
+        return recipe["learning_rate"] * min(1, (step + 1) / recipe["warmup"], (steps - step) / (recipe["decay"] * steps))
+
+    read(model, steps, rate, lambda step: rows_of_step(recipe, step, rng, tokenizer), "pretraining", lines=6)
+    return model
+
+
+def read(model, steps, rate, rows, label, lines):
+    """Train on the texts rows(step) at the learning rate rate(step); where no terminal is, some `lines` tell how far it is."""
+    optimizer, began = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01), time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            warmup, decay = (step + 1) / recipe["warmup"], (steps - step) / (recipe["decay"] * steps)
-            group["lr"] = recipe["learning_rate"] * min(1, warmup, decay)
-        loss = response_loss(model, rows_of_step(recipe, step, rng, tokenizer))
+            group["lr"] = rate(step)
+        loss = response_loss(model, rows(step))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
-        progress(f"pretraining {step + 1}/{steps}  loss {loss:.3f}  {clock(left)} left",
-                 last=step + 1 == steps, plain=(step + 1) % max(1, steps // 6) == 0)
-    return model
+        progress(f"{label} {step + 1}/{steps}  loss {loss:.3f}  {clock(left)} left",
+                 last=step + 1 == steps, plain=(step + 1) % max(1, steps // lines) == 0)
 
 
 def rows_of_step(recipe, step, rng, tokenizer):

@@ -13,13 +13,11 @@ import random
 import time
 from dataclasses import replace
 
-import torch
-
 from data import load_problems, wordproblems
 from data.reward import is_correct
 from data.scores import mean_and_se
-from demo import base_model, response_loss, rows_of_step, train_one
-from record import clock, progress, write_json
+from demo import base_model, read, rows_of_step, train_one
+from record import write_json
 from report import write_report
 from thinktuning import evaluate, make_teacher
 
@@ -85,19 +83,15 @@ def acquaint(base, recipe, tokenizer, steps):
     model = copy.deepcopy(base).requires_grad_(True)
     recipe = recipe | {"remark_rows": READING["remark_rows"]}
     rng = random.Random(f"mentor {recipe['seed']}")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    began = time.perf_counter()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = READING["learning_rate"] * min(1, (step + 1) / READING["warmup"], 2 * (steps - step) / steps)
-        rows = rows_of_step(recipe, recipe["steps"], rng, tokenizer)
-        loss = response_loss(model, [(prompt, quoted(response, tokenizer), weight) for prompt, response, weight in rows])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
-        progress(f"reading on {step + 1}/{steps}  loss {loss:.3f}  {clock(left)} left",
-                 last=step + 1 == steps, plain=(step + 1) % max(1, steps // 4) == 0)
+
+    def rate(step):
+        return READING["learning_rate"] * min(1, (step + 1) / READING["warmup"], 2 * (steps - step) / steps)
+
+    def rows(step):
+        texts = rows_of_step(recipe, recipe["steps"], rng, tokenizer)
+        return [(prompt, quoted(response, tokenizer), weight) for prompt, response, weight in texts]
+
+    read(model, steps, rate, rows, "reading on", lines=4)
     return model
 
 
