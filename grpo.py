@@ -148,11 +148,21 @@ def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entro
     With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
     returns each position's entropy (B, T-1), without gradient. The logits never exist as a whole: HeadLogprobs.
     """
-    states, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
-    where = torch.ones_like(targets, dtype=torch.bool) if where is None else where
-    chosen, spread = HeadLogprobs.apply(states[where], model.head.weight, targets[where], head_grad)  # type: ignore[no-untyped-call]
-    logprobs = torch.zeros(targets.shape, device=tokens.device).masked_scatter(where, chosen)
-    return (logprobs, torch.zeros_like(logprobs).masked_scatter(where, spread)) if entropy else logprobs
+    shape = tokens[:, 1:].shape
+    at = torch.arange(shape.numel(), device=tokens.device) if where is None else where.flatten().nonzero().squeeze(1)
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(shape.numel()).index_copy(0, at, values).view(shape)
+
+    chosen, spread = logprobs_at(model, tokens, at, head_grad)
+    return (placed(chosen), placed(spread)) if entropy else placed(chosen)
+
+
+def logprobs_at(model: LM, tokens: Tensor, at: Tensor, head_grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """log p of the next token and the entropy at the positions `at` (N,) of the flattened (B, T-1): (N,) each."""
+    states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(states[at], model.head.weight, targets[at], head_grad)  # type: ignore[no-untyped-call]
+    return both
 
 
 class HeadLogprobs(torch.autograd.Function):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import grpo
 from data.tokenizer import Tokenizer
 from grpo import (
     HeadLogprobs,
@@ -470,21 +472,6 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch):
     assert max(largest) == 4 * 16 * 4000  # which is more: the check can fail
 
 
-def test_the_forward_and_backward_pass_of_an_update_trace_as_one_graph_each():
-    model = tiny_model(tie_embeddings=True)
-    tokens, at, targets = torch.randint(11, (3, 7)), torch.tensor([1, 4, 5, 20]), torch.tensor([3, 10, 0, 9])
-
-    def logprobs(tokens, at, targets):
-        return HeadLogprobs.apply(model.hidden(tokens).flatten(0, 1)[at], model.head.weight, targets, None)
-
-    outcomes = []
-    for function in (logprobs, torch.compile(logprobs, backend="aot_eager", fullgraph=True)):
-        chosen, entropy = function(tokens, at, targets)
-        outcomes.append((chosen, entropy, *torch.autograd.grad(chosen.sum(), list(model.parameters()))))
-    for found, expected in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 def test_token_logprobs_of_a_bfloat16_model_are_float32():
     assert token_logprobs(tiny_model(dtype=torch.bfloat16), torch.randint(11, (1, 4))).dtype == torch.float32
 
@@ -580,6 +567,19 @@ def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_b
     rollouts = ragged_rollouts(model)
     found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, guided_tokens=guided_tokens)
     assert_same(found, reference_gradient(model, rollouts, guided_tokens))
+
+
+def test_an_update_compiles_with_one_graph_forward_and_one_backward_and_does_the_same(monkeypatch):
+    model = tiny_model(tie_embeddings=True)
+    rollouts = ragged_rollouts(model)
+    expected, expected_metrics = applied_gradient(model, rollouts, micro_batch=40)
+    assert len(micro_batches([r for r in rollouts if r.advantage], 40)) > 1  # the second adds to the first's gradient
+    compiled = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(grpo, "logprobs_at", torch.compile(grpo.logprobs_at, backend=compiled, fullgraph=True, dynamic=True))
+    found, metrics = applied_gradient(model, rollouts, micro_batch=40)
+    assert compiled.frame_count > 0
+    assert_same(found, expected)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)
 
 
 def test_metrics_do_not_depend_on_the_micro_batch():
