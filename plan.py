@@ -13,6 +13,7 @@ import torch
 from config import Config
 from grpo import slice_size
 from model import LM, ModelConfig
+from sampler import PREFILL
 from weights import read_config
 
 GIB = 1 << 30
@@ -71,10 +72,11 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
 
 
 def generation(model, rows, prompt, reply, item, prompts=None) -> int:
-    """The KV cache of `rows` rows (and of their prompts), a block's work on the prompts, four copies of the last logits."""
+    """The KV cache of `rows` rows (and of their prompts), a block's work on a pass of prompts, four copies of the last logits."""
     prompts = prompts or rows
+    at_once = max(prompt, min(prompts * prompt, PREFILL))
     cached = 2 * model.n_layers * model.n_kv_heads * model.head_dim * item
-    return (rows * (prompt + reply) + prompts * prompt) * cached + prompts * prompt * block_bytes(model, item) \
+    return (rows * (prompt + reply) + prompts * prompt) * cached + at_once * block_bytes(model, item) \
         + 16 * rows * model.vocab_size
 
 

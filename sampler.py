@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
 # Looking which rows are done makes the host wait for a GPU, so there it is done once in so many steps.
 BLOCK = {"cuda": 16}
+PREFILL = 1 << 15  # tokens of prompts that are computed at once: enough for any machine to be busy, and a bound to their memory
 WINDOW = 512  # steps of a block read a multiple of so many positions, for few shapes to record
 
 
@@ -157,7 +158,7 @@ class Writing:
 class Waiting:
     """The responses that have no row yet, in order.
 
-    A prompt is computed once, together with the others that enter with it, and kept until the last of its samples has entered.
+    A prompt is computed once, together with others that enter with it, and kept until the last of its samples has entered.
     """
 
     def __init__(self, model: LM, prompts: list[list[int]], samples: int, prefix: KVCache | None) -> None:
@@ -171,8 +172,10 @@ class Waiting:
         new = range(start, start + min(most, self.count))
         asked = [i // self.samples for i in new]
         if missing := sorted(set(asked) - self.ready.keys()):
-            source, logits = prefill(self.model, [self.prompts[p] for p in missing], self.prefix)
-            self.ready |= {p: (source, row, logits[row]) for row, p in enumerate(missing)}
+            at_once = max(1, PREFILL // max(len(self.prompts[p]) for p in missing))
+            for part in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
+                source, logits = prefill(self.model, [self.prompts[p] for p in part], self.prefix)
+                self.ready |= {p: (source, row, logits[row]) for row, p in enumerate(part)}
         for source, group in groupby(asked, key=lambda p: self.ready[p][0]):
             source_rows = [self.ready[p][1] for p in group]
             cache.fill(first, source, source_rows)
@@ -220,6 +223,7 @@ class KVCache:
         weight = model.embed.weight
         shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.groups = c.n_heads // c.n_kv_heads  # G
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.longest = 0  # no row is longer: known here without asking the device
         self.window: int | None = None  # positions that a recorded step reads; who sets it keeps `longest` too
@@ -238,7 +242,7 @@ class KVCache:
             return self.at, None  # plain causal attention
         visible = torch.arange(self.read, device=self.at.device) <= self.at[..., None]  # (B, T, S)
         if T > 1:
-            visible = F.pad(visible, (self.offset, 0), value=True)  # (B, T, P + S)
+            visible = F.pad(visible, (self.offset, 0), value=True).repeat(1, self.groups, 1)  # (B, G * T, P + S)
         # What SDPA would make of `visible` in every layer.
         mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)
         return self.at + self.offset, mask[:, None]
@@ -250,18 +254,19 @@ class KVCache:
         self.k[layer][rows, :, self.at] = k.transpose(1, 2)
         self.v[layer][rows, :, self.at] = v.transpose(1, 2)
         k, v = self.k[layer, :B, :, : self.read], self.v[layer, :B, :, : self.read]
-        if self.prefix:
-            prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
-        if T > 1:
-            if self.prefix:
-                k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        q = q.reshape(B, k.shape[1], -1, E)  # (B, K, G, E): a group's heads as if they were times, so k and v stay single
-        if self.prefix and mask is not None:
-            y = attend_to_both(q, prefix_k, prefix_v, k, v, mask)
-        else:
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        q = q.reshape(B, k.shape[1], -1, E)  # (B, K, G * T, E): a group's heads as if they were times, so k and v stay single
+        if self.prefix is None:
             y = F.scaled_dot_product_attention(q, k, v, mask)
-        return y.reshape(B, H, 1, E)
+        else:
+            prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
+            if T == 1:
+                y = attend_to_both(q, prefix_k, prefix_v, k, v, mask)
+            else:
+                k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
+                y = F.scaled_dot_product_attention(q, k, v, mask)
+        return y.reshape(B, H, T, E)
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Cut rows back to their true lengths (a list of int, one a row)."""

@@ -239,6 +239,15 @@ def test_a_decoding_step_traces_as_one_graph_that_does_the_same(name):
         assert_close(torch.tensor(a), torch.tensor(b))
 
 
+def test_prompts_are_computed_in_passes_of_bounded_size(monkeypatch):
+    prompts, options = prompts_of(3, 9, 4, 6, 10, 2), dict(max_tokens=12, stop=STOP, samples=2)
+    expected = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
+    monkeypatch.setattr(sampler, "PREFILL", 20)
+    shapes = record_shapes(monkeypatch)
+    assert generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options) == expected
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 9), (2, 6), (2, 10)]
+
+
 def test_a_place_that_becomes_free_is_taken(monkeypatch):
     shapes = record_shapes(monkeypatch)
     responses = generate(MODEL, prompts_of(3), max_tokens=12, stop=STOP, samples=40, rows=4, generator=torch.Generator().manual_seed(0))
