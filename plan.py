@@ -72,12 +72,10 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
 
 
 def generation(model, rows, prompt, reply, item, prompts=None) -> int:
-    """The KV cache of `rows` rows (and of their prompts), a block's work on a pass of prompts, four copies of the last logits."""
-    prompts = prompts or rows
-    at_once = max(prompt, min(prompts * prompt, PREFILL))
+    """The KV cache of `rows` rows; of one pass of prompts another and a block's work; four copies of the last logits."""
     cached = 2 * model.n_layers * model.n_kv_heads * model.head_dim * item
-    return (rows * (prompt + reply) + prompts * prompt) * cached + at_once * block_bytes(model, item) \
-        + 16 * rows * model.vocab_size
+    at_once = max(prompt, min((prompts or rows) * prompt, PREFILL))
+    return (rows * (prompt + reply) + at_once) * cached + at_once * block_bytes(model, item) + 16 * rows * model.vocab_size
 
 
 def block_bytes(model, item) -> int:

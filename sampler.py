@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,26 +163,33 @@ class Waiting:
     def __init__(self, model: LM, prompts: list[list[int]], samples: int, prefix: KVCache | None) -> None:
         self.model, self.prompts, self.samples, self.prefix = model, prompts, samples, prefix
         self.count = len(prompts) * samples
-        self.ready: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt: (its cache, its row there, the logits after it)
+        self.part = range(0)  # the prompts that are computed and have not all entered yet
+        self.computed: Any = None  # their cache, and the logits after each
 
     def enter(self, cache: KVCache, first: int, most: int) -> tuple[Tensor, Tensor]:
         """Put up to `most` responses into the rows from `first` on: their numbers (B,) and the logits after their prompts."""
         start = len(self.prompts) * self.samples - self.count
         new = range(start, start + min(most, self.count))
-        asked = [i // self.samples for i in new]
-        if missing := sorted(set(asked) - self.ready.keys()):
-            at_once = max(1, PREFILL // max(len(self.prompts[p]) for p in missing))
-            for part in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
-                source, logits = prefill(self.model, [self.prompts[p] for p in part], self.prefix)
-                self.ready |= {p: (source, row, logits[row]) for row, p in enumerate(part)}
-        for source, group in groupby(asked, key=lambda p: self.ready[p][0]):
-            source_rows = [self.ready[p][1] for p in group]
-            cache.fill(first, source, source_rows)
-            first += len(source_rows)
-        logits = torch.stack([self.ready[p][2] for p in asked])
+        logits: list[Tensor] = []
+        i = start
+        while i < new.stop:
+            if not self.part:
+                self.compute(i // self.samples, -(-new.stop // self.samples))
+            end = min(new.stop, self.part.stop * self.samples)
+            rows = [j // self.samples - self.part.start for j in range(i, end)]
+            cache.fill(first + i - start, self.computed[0], rows)
+            logits.append(self.computed[1][rows])
+            i = end
+            if end == self.part.stop * self.samples:
+                self.part, self.computed = range(0), None
         self.count -= len(new)
-        self.ready = {p: kept for p, kept in self.ready.items() if (p + 1) * self.samples > new.stop}
-        return torch.tensor(new, device=logits.device), logits
+        return torch.tensor(new, device=cache.k.device), torch.cat(logits)
+
+    def compute(self, first: int, stop: int) -> None:
+        """The prompts from `first` on, up to `stop` or as many as one pass should hold."""
+        longest = max(map(len, self.prompts[first:stop]))
+        self.part = range(first, min(stop, first + max(1, PREFILL // longest)))
+        self.computed = prefill(self.model, self.prompts[first : self.part.stop], self.prefix)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def test_parts_by_hand():
 def test_more_rows_need_larger_caches_but_no_larger_passes():
     few, more = (memory(Config(rows=rows), Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))["asking the teacher"] for rows in (256, 257))
     cached = 2 * 28 * 8 * 128 * 2
-    assert more - few == (2 * (512 + 1024) + 1024) * cached + 16 * 128256  # the request, its copy, the reply; logits
+    assert more - few == (512 + 1024 + 1024) * cached + 16 * 128256  # the request and the reply; logits
 
 
 @pytest.mark.parametrize("free", [4, 5, 9, 30])
