@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
 # Looking which rows are done makes the host wait for a GPU, so there it is done once in so many steps.
 BLOCK = {"cuda": 16}
-PREFILL = 1 << 15  # tokens of prompts that are computed at once: enough for any machine to be busy, and a bound to their memory
+PREFILL = 1 << 14  # tokens of prompts that are computed at once: enough for any machine to be busy, and a bound to their memory
 WINDOW = 512  # steps of a block read a multiple of so many positions, for few shapes to record
 
 
