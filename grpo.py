@@ -154,19 +154,23 @@ def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entro
     def placed(values: Tensor) -> Tensor:
         return values.new_zeros(shape.numel()).index_copy(0, at, values).view(shape)
 
-    chosen, spread = logprobs_at(model, tokens, at, head_grad)
+    size = min(slice_size(len(at), tokens.device), model.config.vocab_size)
+    chosen, spread = logprobs_at(model, tokens, at, size, head_grad)
     return (placed(chosen), placed(spread)) if entropy else placed(chosen)
 
 
-def logprobs_at(model: LM, tokens: Tensor, at: Tensor, head_grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """log p of the next token and the entropy at the positions `at` (N,) of the flattened (B, T-1): (N,) each."""
+def logprobs_at(model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log p of the next token and the entropy at the positions `at` (N,) of the flattened (B, T-1): (N,) each.
+
+    This much a compiler takes as one graph forward and one backward, a handful of them for all B, T and N.
+    """
     states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(states[at], model.head.weight, targets[at], head_grad)  # type: ignore[no-untyped-call]
+    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(states[at], model.head.weight, targets[at], size, head_grad)  # type: ignore[no-untyped-call]
     return both
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """states (N, D), head weight (V, D), targets (N,) -> log p(target) and entropy (N,), a slice of the vocabulary at a time.
+    """states (N, D), head weight (V, D), targets (N,) -> log p(target) and entropy (N,), `size` rows of the head at a time.
 
     Each slice's logits are used and forgotten; the backward pass computes them again from the saved log-normaliser.
     Slices of the vocabulary rather than of positions: the weights and their gradient, by far the larger side, are then
@@ -175,8 +179,9 @@ class HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.size = slice_size(len(states), states.device)
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, size: int,
+                head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.size = size
         log_z = torch.full(targets.shape, -1e30, device=states.device)  # of the slices so far
         mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)  # mean: of log p, so minus the entropy
         for start, rows in slices(weight, ctx.size):
@@ -193,7 +198,7 @@ class HeadLogprobs(torch.autograd.Function):
         return chosen - log_z, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None, None]:
         states, weight, targets, log_z = ctx.saved_tensors
         states_grad = torch.zeros_like(states, dtype=torch.float32)
         weight_grad = torch.zeros_like(weight) if ctx.head_grad is None else ctx.head_grad
@@ -205,13 +210,16 @@ class HeadLogprobs(torch.autograd.Function):
             states_grad += logits_grad @ rows
             here = weight_grad[start : start + len(rows)]
             here.addmm_(logits_grad.T, states) if here.dtype == states.dtype else here.add_(logits_grad.T @ states)
-        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None
+        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None, None
 
 
 def slice_size(positions: int, device: torch.device | str) -> int:
-    """Rows of the head that are computed at once: 16 MB of logits on a CPU, whose caches they should fit, 256 MB on a GPU."""
+    """Rows of the head that are computed at once: up to 16 MB of logits on a CPU, whose caches they should fit, 256 MB on a GPU.
+
+    A power of two, so that there are few sizes to compile for.
+    """
     logits: int = 1 << (22 if torch.device(device).type == "cpu" else 26)
-    return max(512, logits // max(1, positions))
+    return max(512, 1 << (logits // max(1, positions)).bit_length() - 1)
 
 
 def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -6,8 +6,8 @@ SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows
 On a GPU nothing is compiled by Triton, and it need not be there. A decoding step reads every weight once and computes
 little, so what fusion could save is small beside that; what costs is launching hundreds of kernels a token. The sampler
 therefore records a whole step as a CUDA graph (sampler.Writing.steps) of PyTorch's own kernels: cuBLAS products, fused
-attention, RMSNorm. An update's kernels are large and few, and run as they are: it compiles as one graph each way (torch.compile
-with fullgraph, in the tests and in bench.py), but gradients that are added in place here are copied there.
+attention, RMSNorm. An update's kernels are large and few, and run as they are: it compiles as well (torch.compile with
+fullgraph, in the tests and in bench.py), but gradients that are added in place here are copied there.
 
 Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E head width, S cached positions.
 """

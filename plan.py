@@ -62,7 +62,8 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     if sizes.teacher:
         parts["teacher"] = parameters(sizes.teacher) * item
         asked = min(config.teacher_prompt, config.max_prompt + config.max_tokens)  # a row's own; the exemplars are there once
-        parts["asking the teacher"] = generation(sizes.teacher, config.rows, asked, config.teacher_reply, item)
+        parts["asking the teacher"] = generation(sizes.teacher, config.rows, asked, config.teacher_reply, item,
+                                                 seen=config.teacher_prompt)
     questions = min(config.questions, -(-config.rows // config.samples))
     parts["sampling"] = generation(student, config.rows, config.max_prompt, config.max_tokens, item, questions)
     tokens = max(config.micro_batch, sequence)
@@ -71,11 +72,15 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     return parts
 
 
-def generation(model, rows, prompt, reply, item, prompts=None) -> int:
-    """The KV cache of `rows` rows; of one pass of prompts another and a block's work; four copies of the last logits."""
+def generation(model, rows, prompt, reply, item, prompts=None, seen=0) -> int:
+    """The KV cache of `rows` rows, that of one pass of prompts and a block's work on it, four copies of the last logits.
+
+    `seen`: positions that a prompt behind a prefix sees, each an entry of its mask and of what that is made from.
+    """
     cached = 2 * model.n_layers * model.n_kv_heads * model.head_dim * item
     at_once = max(prompt, min((prompts or rows) * prompt, PREFILL))
-    return (rows * (prompt + reply) + at_once) * cached + at_once * block_bytes(model, item) + 16 * rows * model.vocab_size
+    work = at_once * (cached + block_bytes(model, item) + seen * (item + 2))
+    return rows * (prompt + reply) * cached + work + 16 * rows * model.vocab_size
 
 
 def block_bytes(model, item) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner with each prompt than in a pass of their own
 # Looking which rows are done makes the host wait for a GPU, so there it is done once in so many steps.
 BLOCK = {"cuda": 16}
-PREFILL = 1 << 14  # tokens of prompts that are computed at once: enough for any machine to be busy, and a bound to their memory
+PREFILL = 1 << 14  # tokens of prompts, padding counted, that are computed at once: a bound to the memory of a pass
 WINDOW = 512  # steps of a block read a multiple of so many positions, for few shapes to record
 
 
@@ -157,7 +157,8 @@ class Writing:
 class Waiting:
     """The responses that have no row yet, in order.
 
-    A prompt is computed once, together with others that enter with it, and kept until the last of its samples has entered.
+    A prompt is computed once, in a pass with others that enter with it. A pass is kept until the last sample of its last
+    prompt has entered.
     """
 
     def __init__(self, model: LM, prompts: list[list[int]], samples: int, prefix: KVCache | None) -> None:
@@ -186,10 +187,15 @@ class Waiting:
         return torch.tensor(new, device=cache.k.device), torch.cat(logits)
 
     def compute(self, first: int, stop: int) -> None:
-        """The prompts from `first` on, up to `stop` or as many as one pass should hold."""
-        longest = max(map(len, self.prompts[first:stop]))
-        self.part = range(first, min(stop, first + max(1, PREFILL // longest)))
-        self.computed = prefill(self.model, self.prompts[first : self.part.stop], self.prefix)
+        """The prompts from `first` on, before `stop`: as many as a pass may hold."""
+        end, longest = first, 0
+        while end < stop:
+            longest = max(longest, len(self.prompts[end]))
+            if end > first and (end + 1 - first) * longest > PREFILL:
+                break
+            end += 1
+        self.part = range(first, end)
+        self.computed = prefill(self.model, self.prompts[first:end], self.prefix)
 
 
 @torch.no_grad()
@@ -229,7 +235,6 @@ class KVCache:
         weight = model.embed.weight
         shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.groups = c.n_heads // c.n_kv_heads  # G
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.longest = 0  # no row is longer: known here without asking the device
         self.window: int | None = None  # positions that a recorded step reads; who sets it keeps `longest` too
@@ -248,7 +253,7 @@ class KVCache:
             return self.at, None  # plain causal attention
         visible = torch.arange(self.read, device=self.at.device) <= self.at[..., None]  # (B, T, S)
         if T > 1:
-            visible = F.pad(visible, (self.offset, 0), value=True).repeat(1, self.groups, 1)  # (B, G * T, P + S)
+            visible = F.pad(visible, (self.offset, 0), value=True)  # (B, T, P + S)
         # What SDPA would make of `visible` in every layer.
         mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)
         return self.at + self.offset, mask[:, None]
@@ -262,16 +267,18 @@ class KVCache:
         k, v = self.k[layer, :B, :, : self.read], self.v[layer, :B, :, : self.read]
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        q = q.reshape(B, k.shape[1], -1, E)  # (B, K, G * T, E): a group's heads as if they were times, so k and v stay single
-        if self.prefix is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask)
-        else:
+        q = q.view(B, k.shape[1], -1, T, E)  # (B, K, G, T, E)
+        if self.prefix:
             prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
-            if T == 1:
-                y = attend_to_both(q, prefix_k, prefix_v, k, v, mask)
-            else:
+        if T > 1:
+            if self.prefix:
                 k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
-                y = F.scaled_dot_product_attention(q, k, v, mask)
+            # A group's heads one after the other: not every fused attention knows groups when there is a mask.
+            y = torch.stack([F.scaled_dot_product_attention(head, k, v, mask) for head in q.unbind(2)], 2)
+        elif self.prefix:
+            y = attend_to_both(q.squeeze(3), prefix_k, prefix_v, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q.squeeze(3), k, v, mask)  # heads as if they were times: k and v stay single
         return y.reshape(B, H, T, E)
 
     def set_lengths(self, lengths: list[int]) -> None:
@@ -281,9 +288,11 @@ class KVCache:
 
     def fill(self, first: int, other: KVCache, rows: Sequence[int]) -> None:
         """Copy `rows` (a list) of another cache into the rows from `first` on."""
-        n, here = other.longest, slice(first, first + len(rows))
-        self.k[:, here, :, :n], self.v[:, here, :, :n] = other.k[:, rows, :, :n], other.v[:, rows, :, :n]
-        self.lengths[here] = other.lengths[rows]
+        n, here, there = other.longest, slice(first, first + len(rows)), torch.tensor(rows, device=self.k.device)
+        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
+            for layer, source in zip(mine, theirs):  # one by one, for `source[there]` is a copy before it is copied
+                layer[here, :, :n] = source[there, :, :n]
+        self.lengths[here] = other.lengths[there]
         self.longest = max(self.longest, n)
 
     def drop(self, done: Tensor) -> Tensor:

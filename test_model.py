@@ -165,10 +165,10 @@ def test_a_full_cache_is_refused():
 # ------------------------------------------------------------------ generate
 
 
-def argmax_loop(prompt, max_tokens):
+def argmax_loop(prompt, max_tokens, model=MODEL):
     response = []
     while len(response) < max_tokens and not (response and response[-1] in STOP):
-        response.append(uncached(prompt + response)[-1].argmax().item())
+        response.append(uncached(prompt + response, model)[-1].argmax().item())
     return response
 
 
@@ -196,6 +196,16 @@ def record_shapes(monkeypatch):
 
     monkeypatch.setattr(LM, "hidden", recorded)
     return shapes
+
+
+@pytest.mark.parametrize("n_heads, n_kv_heads", ((2, 2), (6, 2), (4, 1)))
+@pytest.mark.parametrize("shared", (0, 40))
+def test_greedy_generation_in_groups_of_every_size_with_and_without_a_prefix(n_heads, n_kv_heads, shared, monkeypatch):
+    model = liven(LM(replace(SMALL, n_heads=n_heads, n_kv_heads=n_kv_heads)))
+    head, tails = random_tokens(shared, seed=7).tolist(), prompts_of(3, 8, 1, 5)
+    expected = [argmax_loop(head + tail, 10, model) for tail in tails]
+    monkeypatch.setattr(sampler, "PREFILL", 16)  # two passes
+    assert generate(model, [head + tail for tail in tails], max_tokens=10, stop=STOP, temperature=0, rows=3) == expected
 
 
 def test_a_prompt_is_computed_once_for_all_samples_and_finished_rows_leave_the_batch(monkeypatch):
@@ -242,10 +252,23 @@ def test_a_decoding_step_traces_as_one_graph_that_does_the_same(name):
 def test_prompts_are_computed_in_passes_of_bounded_size(monkeypatch):
     prompts, options = prompts_of(3, 9, 4, 6, 10, 2), dict(max_tokens=12, stop=STOP, samples=2)
     expected = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
-    monkeypatch.setattr(sampler, "PREFILL", 20)
     shapes = record_shapes(monkeypatch)
-    assert generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options) == expected
-    assert [shape for shape in shapes if shape[1] > 1] == [(2, 9), (2, 6), (2, 10)]
+    for size, passes in ((20, [(2, 9), (2, 6), (2, 10)]), (5, [(1, n) for n in (3, 9, 4, 6, 10, 2)])):  # one that is too long: alone
+        monkeypatch.setattr(sampler, "PREFILL", size)
+        shapes.clear()
+        assert generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options) == expected
+        assert [shape for shape in shapes if shape[1] > 1] == passes
+
+
+def test_a_long_prompt_makes_no_pass_smaller_but_its_own_and_a_pass_is_forgotten_when_it_has_entered(monkeypatch):
+    prompts, kept = prompts_of(2, 2, 2, 2, 2, 9), []
+    monkeypatch.setattr(sampler, "PREFILL", 10)
+    shapes = record_shapes(monkeypatch)
+    compute = sampler.Waiting.compute
+    monkeypatch.setattr(sampler.Waiting, "compute", lambda self, *given: (kept.append(self.computed), compute(self, *given)))
+    generate(MODEL, prompts, max_tokens=3, stop=(), samples=3, rows=7, generator=torch.Generator().manual_seed(0))
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, 2), (2, 2), (1, 9)]  # 7 rows ask for 3 prompts at first
+    assert kept == [None] * 3
 
 
 def test_a_place_that_becomes_free_is_taken(monkeypatch):

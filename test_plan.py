@@ -44,6 +44,18 @@ def test_more_rows_need_larger_caches_but_no_larger_passes():
     assert more - few == (512 + 1024 + 1024) * cached + 16 * 128256  # the request and the reply; logits
 
 
+def test_a_pass_of_prompts_is_as_large_as_they_are_but_holds_at_least_one():
+    small = ModelConfig(300, 32, 2, 4, 2, 8, 64)
+
+    def work(rows, prompt, prompts=None):  # without the rows' cache and logits
+        cached = 2 * 2 * 2 * 8 * 4
+        return (plan.generation(small, rows, prompt, 7, 4, prompts) - rows * (prompt + 7) * cached - 16 * rows * 300) / (
+            cached + plan.block_bytes(small, 4))
+
+    assert work(16, 10) == 160 and work(16, 10, prompts=2) == 20
+    assert work(2, plan.PREFILL) == plan.PREFILL and work(2, 3 * plan.PREFILL) == 3 * plan.PREFILL
+
+
 @pytest.mark.parametrize("free", [4, 5, 9, 30])
 def test_the_micro_batch_is_the_largest_that_fits(free):
     sizes, config = Sizes(SMALL, SMALL, torch.float32), Config(rows=8)
@@ -89,10 +101,7 @@ from config import Config
 from grpo import MasterAdamW, Rollout, update
 from model import LM, generate
 from plan import Sizes, memory, peak
-from test_plan import SMALL
-
-def status(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+from test_plan import SMALL, status
 
 torch.set_num_threads(1)
 dtype, micro_batch, recompute = getattr(torch, sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "recompute"
@@ -115,12 +124,50 @@ print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [("float32", "2048", "keep"), ("float32", "2048", "recompute"), ("float32", "512", "recompute")])
-def test_the_estimate_is_near_what_a_process_takes(settings):
+MEASURE_GENERATION = """
+import ctypes, random, sys
+import torch
+from model import LM, generate, prefill
+from plan import generation
+from test_plan import SMALL, status
+
+torch.set_num_threads(1)
+prompts, samples, prompt, reply, exemplars = map(int, sys.argv[1:])
+rng = random.Random(0)
+ids = lambda n: [rng.randrange(32000) for _ in range(n)]
+model = LM(SMALL)
+prefix = prefill(model, [ids(exemplars)])[0] if exemplars else None
+generate(model, [ids(9)], max_tokens=2, stop=())
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+generate(model, [ids(prompt) for _ in range(prompts)], samples=samples, max_tokens=reply, stop=(), prefix=prefix)
+seen = exemplars and exemplars + prompt
+print((status("VmHWM") - before) / generation(SMALL, prompts * samples, prompt, reply, 4, prompts, seen))
+"""
+
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+
+def measured(script, settings):
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    done = subprocess.run([sys.executable, "-c", MEASURE, *settings], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", script, *settings], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     print("measured / estimated", done.stdout)
-    assert 0.7 < float(done.stdout) < 1.3
+    return float(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("float32", "2048", "keep"), ("float32", "2048", "recompute"), ("float32", "512", "recompute")])
+def test_the_estimate_of_an_update_is_near_what_a_process_takes(settings):
+    assert 0.7 < measured(MEASURE, settings) < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", ["64 1 512 16 0", "2 32 512 16 0", "8 16 128 128 0", "96 1 128 16 700"])
+def test_the_estimate_of_generation_is_near_what_a_process_takes(settings):
+    """Prompts, samples, tokens of a prompt, of a reply, of exemplars."""
+    assert 0.7 < measured(MEASURE_GENERATION, settings.split()) < 1.3
