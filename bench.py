@@ -344,11 +344,9 @@ def full_logits_pass(model, tokens):
         log_p.gather(-1, tokens[:, 1:, None]).mean().backward()
 
 
-COMPILED = torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)  # one graph each way, of PyTorch's own kernels
-
-
 def compiled_pass(model, tokens):
-    with mock.patch("grpo.logprobs_at", COMPILED):
+    # One graph each way, of PyTorch's own kernels. torch keeps it from one call to the next.
+    with mock.patch("grpo.logprobs_at", torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)):
         our_pass(model, tokens)
 
 

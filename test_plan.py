@@ -97,11 +97,12 @@ def test_free_memory_is_a_number_of_this_machine():
 MEASURE = """
 import random, sys
 import torch
+from bench import status
 from config import Config
 from grpo import MasterAdamW, Rollout, update
-from model import LM, generate
+from model import LM
 from plan import Sizes, memory, peak
-from test_plan import SMALL, status
+from test_plan import SMALL
 
 torch.set_num_threads(1)
 dtype, micro_batch, recompute = getattr(torch, sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "recompute"
@@ -127,9 +128,10 @@ print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype)
 MEASURE_GENERATION = """
 import ctypes, random, sys
 import torch
+from bench import status
 from model import LM, generate, prefill
 from plan import generation
-from test_plan import SMALL, status
+from test_plan import SMALL
 
 torch.set_num_threads(1)
 prompts, samples, prompt, reply, exemplars = map(int, sys.argv[1:])
@@ -145,10 +147,6 @@ generate(model, [ids(prompt) for _ in range(prompts)], samples=samples, max_toke
 seen = exemplars and exemplars + prompt
 print((status("VmHWM") - before) / generation(SMALL, prompts * samples, prompt, reply, 4, prompts, seen))
 """
-
-
-def status(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 
 
 def measured(script, settings):
