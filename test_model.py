@@ -7,7 +7,10 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +272,58 @@ def test_a_long_prompt_makes_no_pass_smaller_but_its_own_and_a_pass_is_forgotten
     generate(MODEL, prompts, max_tokens=3, stop=(), samples=3, rows=7, generator=torch.Generator().manual_seed(0))
     assert [shape for shape in shapes if shape[1] > 1] == [(3, 2), (2, 2), (1, 9)]  # 7 rows ask for 3 prompts at first
     assert kept == [None] * 3
+
+
+class PretendGraph:
+    """A CUDA graph's manners without a GPU: what is run while it records does not happen, and replay() makes it happen."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        self.work()
+
+    def pool(self):
+        return "a pool"
+
+
+@pytest.mark.parametrize("compiled", (True, False))
+def test_steps_of_few_shapes_are_recorded_and_then_replayed(compiled, monkeypatch):
+    prompts, options = prompts_of(3, 9, 4), dict(max_tokens=40, stop=STOP, samples=8, rows=16)
+    expected = generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options)
+    graphs, model = [], SimpleNamespace(device=torch.device("cuda"), compiled=compiled, recordings=0)
+    init, step = sampler.Writing.__init__, sampler.Writing.step
+
+    def on_a_gpu(self, real, *rest):
+        init(self, real, *rest)
+        model.real, self.model = real, model
+
+    def on_a_cpu(self, B):
+        self.model = model.real
+        step(self, B)
+        self.model = model
+
+    def again(self, B, window):
+        self.cache.window = window  # a graph reads what it read when it was recorded
+        on_a_cpu(self, B)
+
+    @contextmanager
+    def record(graph, pool):
+        graphs.append(graph)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler.Writing, "step", lambda self, B: setattr(graph, "work", partial(again, self, B, self.cache.window)))
+            yield
+
+    monkeypatch.setitem(sampler.BLOCK, "cpu", 4)
+    monkeypatch.setattr(sampler, "WINDOW", 16)
+    monkeypatch.setattr(sampler.Writing, "__init__", on_a_gpu)
+    monkeypatch.setattr(sampler.Writing, "step", on_a_cpu)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    assert generate(MODEL, prompts, generator=torch.Generator().manual_seed(0), **options) == expected
+    assert model.recordings == len(graphs) and all(g.replays >= 3 for g in graphs)
+    assert 3 <= len(graphs) <= 8 if compiled else not graphs  # rows 16 and 8, windows 16 to 53
 
 
 def test_a_place_that_becomes_free_is_taken(monkeypatch):
