@@ -1,5 +1,6 @@
 """The whole program: runs end to end, repeats to the bit, speaks plainly about bad input."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -278,6 +279,51 @@ def test_everything_the_base_model_reads_is_about_training_problems(monkeypatch)
     monkeypatch.setattr(wordproblems, "make_story", lambda rng, n, split: splits.add(split) or make_story(rng, n, split))
     demo.rows_of_step(dict(demo.RECIPE, floor=0.5), 0, random.Random(0), Tokenizer.builtin())
     assert splits == {"train"}
+
+
+def short_recipe():
+    return dict(demo.RECIPE, seed=0, floor=demo.FLOOR, steps=5)
+
+
+def test_the_texts_that_make_the_base_are_those_of_its_version():
+    """Another hash means other texts: raise demo.VERSION, or cached base models stay as they were."""
+    rng, digest = random.Random("pretraining 0 0"), hashlib.sha256()
+    for step in range(5):
+        digest.update(json.dumps(demo.rows_of_step(short_recipe(), step, rng, Tokenizer.builtin())).encode())
+    assert (demo.VERSION, digest.hexdigest()[:16]) == (1, "b3457f4742c82483")
+
+
+WEIGHTS_AFTER_FIVE_STEPS = {("2.13.0", "AuthenticAMD", "AVX2"): "a43ce74e1a525eb0"}  # (torch, processor, its instructions): hash
+
+
+def test_the_weights_of_the_base_are_those_of_its_version():
+    """Another hash means another training: raise demo.VERSION, or cached base models stay as they were."""
+    cpu = Path("/proc/cpuinfo")
+    vendor = re.search(r"vendor_id\s*: (\S+)", cpu.read_text() if cpu.exists() else "")
+    kind = (torch.__version__.partition("+")[0], vendor and vendor[1], torch.backends.cpu.get_cpu_capability())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = demo.pretrain(short_recipe(), Tokenizer.builtin())
+    torch.set_num_threads(threads)
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    if kind not in WEIGHTS_AFTER_FIVE_STEPS:
+        pytest.skip(f"no hash is stored for {kind}, which may round differently; here it is {digest.hexdigest()[:16]}")
+    assert (demo.VERSION, digest.hexdigest()[:16]) == (1, WEIGHTS_AFTER_FIVE_STEPS[kind])
+
+
+def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch):
+    recipe = short_recipe()
+    names = {demo.recipe_key(recipe), demo.recipe_key(dict(recipe, seed=1)), demo.recipe_key(dict(recipe, floor=0.0))}
+    monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
+    names.add(demo.recipe_key(recipe))
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    names.add(demo.recipe_key(recipe))
+    monkeypatch.setattr(wordproblems, "__file__", str(HERE / "data" / "other.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"another vocabulary")
+    names.add(demo.recipe_key(recipe))
+    assert len(names) == 6
 
 
 def test_the_student_never_reads_a_second_answer_and_no_remark_at_floor_0():
