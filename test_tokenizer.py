@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
+from data.added import SPACES, in_a_word
+from data.chat import FAMILIES
 from data.tokenizer import (
     BUILTIN_PATTERN,
     BYTES,
@@ -371,7 +373,8 @@ def test_special_tokens_written_in_messages_stay_text(chats, name):
                 {"role": "assistant", "content": "5"}, {"role": "user", "content": text}]
 
     mark = "\ue000"  # stands for the attack while the oracle looks for special tokens
-    letters, expected = train(CHATS[name].layout, SMALL_TALK, special=[]), []
+    letters, expected = train(CHATS[name].layout, SMALL_TALK, special), []
+    letters.encode_special_tokens = True  # Qwen's tags are not special: text makes them
     for piece in re.split(f"({'|'.join(map(re.escape, special))})", applied(theirs, messages(mark), tokenize=False)):
         expected += [ours.special[piece]] if piece in special else reference_ids(letters, piece.replace(mark, attack))
     assert ours.render(messages(attack)) == expected
@@ -446,6 +449,141 @@ def test_real_families_reply_only_as_the_assistant(small):
 def test_a_malformed_message_is_shown(small, message):
     with pytest.raises(ValueError, match=re.escape(str(message))):
         small["qwen2"][0].render([message])
+
+
+# ------------------------------------------------------------------ added tokens
+
+
+flags = st.fixed_dictionaries({name: st.booleans() for name in ("special", "normalized", "single_word", "lstrip", "rstrip")})
+contents = st.one_of(
+    st.sampled_from(["kilojoule", "kilo", "joule", " joule", "<think>", "<|x|>", "|x", "e\u0301", "\u0301", "é", "a b", "\n"]),
+    st.text("ab <", min_size=1, max_size=3))
+fragments = st.sampled_from([
+    "kilojoule", "kilo", "joule", "s", "<think>", "<|x|>", "e\u0301", "é", "\u0301", "a", "b", "<", "1", "_", "½", "Ⓐ", "\u200d",
+    " ", "  ", "\n", "\t", "\u00a0", "\x1c", ".", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("layout", ["llama3", "qwen2"])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(added=st.lists(st.tuples(contents, flags), max_size=5, unique_by=lambda entry: entry[0]),
+       texts=st.lists(st.lists(fragments, max_size=8).map("".join), min_size=4, max_size=4))
+def test_added_tokens_are_found_where_the_library_finds_them(small, tmp_path, layout, added, texts):
+    reference = tokenizers.Tokenizer.from_str(small[layout][1].to_str())
+    reference.add_tokens([AddedToken(text, **its_flags) for text, its_flags in added])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    reference.encode_special_tokens = True
+    for text in texts:
+        assert ours.encode(text) == reference_ids(reference, text), text
+
+
+def test_a_word_that_is_added_to_a_model_is_produced(small, tmp_path):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens(["kilojoule"])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    ids = ours.encode("12 kilojoules")
+    assert reference.token_to_id("kilojoule") in ids and ids == reference_ids(reference, "12 kilojoules")
+    assert ours.decode(ids) == "12 kilojoules"
+
+
+def test_white_space_and_word_characters_are_the_librarys():
+    reference = tokenizers.Tokenizer(models.BPE(vocab=BYTES, merges=[]))
+    reference.pre_tokenizer = byte_level(True)
+    reference.add_tokens([AddedToken("ab", single_word=True), AddedToken("cd", rstrip=True)])
+    word = reference.token_to_id("ab")
+    for character in map(chr, (*range(0xD800), *range(0xE000, 0x110000))):
+        assert in_a_word(character) == (word not in reference_ids(reference, "ab" + character)), ascii(character)
+        assert (character in SPACES) == (len(reference_ids(reference, "cd" + character)) == 1), ascii(character)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized"])
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_prompts_with_flags_on_the_markers(name, flag, special, tmp_path):
+    layout, tokens, jinja = CHATS[name]
+    reference = train(layout, SMALL_TALK, special=[])
+    reference.add_tokens([AddedToken(text, special=special, **{"normalized": False, flag: True}) for text in tokens])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=jinja)
+    if layout == "llama3":
+        theirs.bos_token = "<|begin_of_text|>"
+    for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[:3]):
+        assert ours.render(messages) == applied(theirs, messages, return_dict=False)
+    assert not set(ours.encode("".join(FAMILIES[ours.family].markers))) & set(ours.special.values())
+
+
+def test_a_marker_that_a_word_beside_it_would_hide_is_refused(tmp_path):
+    reference = train("qwen2", SMALL_TALK, special=[])
+    reference.add_tokens([AddedToken(text, special=True, single_word=text == "<|im_start|>") for text in CHATML])
+    with pytest.raises(ValueError, match=r"<\|im_start\|> has single_word.*set single_word to false"):
+        Tokenizer.load(saved(reference, tmp_path))
+
+
+KILOJOULE = {"content": "kilojoule", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": KILOJOULE}}},  # says rstrip, tokenizer.json does not
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": {**KILOJOULE, "special": True}}}},
+    {"tokenizer_config.json": {"eos_token": "the"}},  # in the vocabulary, but not among the added tokens
+    {"tokenizer_config.json": {"eos_token": {**KILOJOULE, "content": "the", "__type": "AddedToken"}}},
+    {"special_tokens_map.json": {"eos_token": {**KILOJOULE, "content": "<|im_end|>"}}},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "extra_special_tokens": ["the"]}},
+])
+def test_what_other_files_say_of_a_token_counts_as_in_transformers(small, tmp_path, files):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens([AddedToken("kilojoule", special=False, normalized=False)])
+    saved(reference, tmp_path)
+    for name, content in files.items():
+        text = json.dumps(content).replace("ID", str(reference.token_to_id("kilojoule")))
+        (tmp_path / name).write_text(text)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.eos_token_id is None or theirs.eos_token_id in ours.stop
+    conversation = [{"role": "user", "content": "12 kilojoule  a"}, {"role": "assistant", "content": "x"}]
+    if theirs.added_tokens_decoder[reference.token_to_id("kilojoule")].special:
+        conversation[0]["content"] = "12 kilojoul"  # what is special is not made of a message here
+    theirs.chat_template = TURNS
+    assert ours.render(conversation) == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    theirs.backend_tokenizer.encode_special_tokens = True
+    text = "kilojoule  a kilojoules<|im_end|> b"
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": KILOJOULE}}},
+    {"tokenizer_config.json": {}, "added_tokens.json": {"kilojoule": "ID"}},
+    {"tokenizer_config.json": {"pad_token": "kilojoule"}, "added_tokens.json": {"kilojoule": "ID"}},
+])
+def test_words_added_beside_vocab_json(small, tmp_path, files):
+    ours, reference, _ = small["qwen2"]
+    reference.model.save(str(tmp_path))
+    ids = {**ours.special, "kilojoule": ours.vocab_size}
+    for name, content in files.items():
+        content = json.loads(json.dumps(content).replace('"ID":', f'"{ids["kilojoule"]}":').replace('"ID"', str(ids["kilojoule"])))
+        if name == "added_tokens.json":
+            content = ids | content
+        elif "added_tokens_decoder" in content:
+            content["added_tokens_decoder"] |= {str(ids[text]): {**KILOJOULE, "content": text, "special": True, "rstrip": False}
+                                                for text in CHATML}
+        if name == "tokenizer_config.json":
+            content |= {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | content
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded, theirs = Tokenizer.load(tmp_path), transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids("kilojoule") == ids["kilojoule"] == loaded.special["kilojoule"]
+    theirs.backend_tokenizer.encode_special_tokens = True
+    for text in ("12 kilojoule  a", "kilojoules<|im_end|>\n"):
+        assert loaded.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_ten_thousand_added_words_are_found_in_a_second(small, tmp_path):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens([f"word{i}" for i in range(10_000)])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    text = "a word77 in words of word9999x and sword8 " * 500
+    start = time.process_time()
+    ids = ours.encode(text)
+    assert time.process_time() - start < 1
+    assert ids == reference_ids(reference, text)
 
 
 # ------------------------------------------------------------------ the built-in vocabulary
