@@ -456,10 +456,10 @@ def test_a_malformed_message_is_shown(small, message):
 
 flags = st.fixed_dictionaries({name: st.booleans() for name in ("special", "normalized", "single_word", "lstrip", "rstrip")})
 contents = st.one_of(
-    st.sampled_from(["kilojoule", "kilo", "joule", " joule", "<think>", "<|x|>", "|x", "e\u0301", "\u0301", "é", "a b", "\n"]),
-    st.text("ab <", min_size=1, max_size=3))
+    st.sampled_from(["kilojoule", "kilo", "joule", "<thought>", "<|x|>", "|x", "e\u0301", "\u0301", "é", "a b", "\n"]),
+    st.text("ab<", min_size=1, max_size=3))  # the library panics where a token that begins with a space follows one with rstrip
 fragments = st.sampled_from([
-    "kilojoule", "kilo", "joule", "s", "<think>", "<|x|>", "e\u0301", "é", "\u0301", "a", "b", "<", "1", "_", "½", "Ⓐ", "\u200d",
+    "kilojoule", "kilo", "joule", "s", "<thought>", "<|x|>", "e\u0301", "é", "\u0301", "a", "b", "<", "1", "_", "½", "Ⓐ", "\u200d",
     " ", "  ", "\n", "\t", "\u00a0", "\x1c", ".", "<|im_end|>"])
 
 
@@ -524,10 +524,10 @@ KILOJOULE = {"content": "kilojoule", "lstrip": False, "rstrip": True, "single_wo
 @pytest.mark.parametrize("files", [
     {"tokenizer_config.json": {"added_tokens_decoder": {"ID": KILOJOULE}}},  # says rstrip, tokenizer.json does not
     {"tokenizer_config.json": {"added_tokens_decoder": {"ID": {**KILOJOULE, "special": True}}}},
-    {"tokenizer_config.json": {"eos_token": "the"}},  # in the vocabulary, but not among the added tokens
-    {"tokenizer_config.json": {"eos_token": {**KILOJOULE, "content": "the", "__type": "AddedToken"}}},
+    {"tokenizer_config.json": {"eos_token": "The"}},  # in the vocabulary, but not among the added tokens
+    {"tokenizer_config.json": {"eos_token": {**KILOJOULE, "content": "The", "__type": "AddedToken"}}},
     {"special_tokens_map.json": {"eos_token": {**KILOJOULE, "content": "<|im_end|>"}}},
-    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "extra_special_tokens": ["the"]}},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "extra_special_tokens": ["The"]}},
 ])
 def test_what_other_files_say_of_a_token_counts_as_in_transformers(small, tmp_path, files):
     reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
@@ -546,7 +546,7 @@ def test_what_other_files_say_of_a_token_counts_as_in_transformers(small, tmp_pa
     assert ours.render(conversation) == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     theirs.backend_tokenizer.encode_special_tokens = True
     text = "kilojoule  a kilojoules<|im_end|> b"
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text) == reference_ids(theirs.backend_tokenizer, text)
 
 
 @pytest.mark.parametrize("files", [
@@ -571,8 +571,8 @@ def test_words_added_beside_vocab_json(small, tmp_path, files):
     loaded, theirs = Tokenizer.load(tmp_path), transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
     assert theirs.convert_tokens_to_ids("kilojoule") == ids["kilojoule"] == loaded.special["kilojoule"]
     theirs.backend_tokenizer.encode_special_tokens = True
-    for text in ("12 kilojoule  a", "kilojoules<|im_end|>\n"):
-        assert loaded.encode(text) == theirs.encode(text, add_special_tokens=False)
+    for text in ("12 kilojoule  a", "kilojoules<|im_end|>\n", "e\u0301"):
+        assert loaded.encode(text) == reference_ids(theirs.backend_tokenizer, text)
 
 
 def test_ten_thousand_added_words_are_found_in_a_second(small, tmp_path):

@@ -44,6 +44,8 @@ class Finder:
         end = 0
         for start, found in self.occurrences(text):
             token, stop = self.tokens[found], start + len(found)
+            if start < end:
+                continue  # the white space that it begins with went to the token before it
             if token.special or token.single_word and is_inside_a_word(text, start, stop):
                 continue  # its letters are text, and no shorter token is looked for in them
             while token.lstrip and start > end and text[start - 1] in SPACES:
