@@ -655,6 +655,68 @@ def test_stop_ids_are_gathered_from_every_file(small, tmp_path):
     assert 9 in Tokenizer.load(tmp_path).stop
 
 
+EOS = [3, [3, 5], [], None, [128001, 128009], [5, -1]]
+
+
+@pytest.mark.parametrize("generation", ["no file", {}, *({"eos_token_id": eos} for eos in EOS)])
+@pytest.mark.parametrize("eos", EOS)
+def test_the_eos_ids_are_those_that_transformers_reads(small, tmp_path, eos, generation):
+    ours, reference, _ = small["llama3"]
+    saved(reference, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": eos}))
+    if generation != "no file":
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    try:
+        expected = transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    except OSError:  # without the file transformers takes the model's configuration
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        expected = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    expected = {expected} if isinstance(expected, int) else set(expected or ())
+    assert Tokenizer.load(tmp_path).stop == {ours.special["<|eot_id|>"], *(i for i in expected if i >= 0)}
+
+
+@pytest.mark.parametrize("eos", ["3", 3.0, True, [[3]], {"a": 1}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_eos_token_id_that_is_no_number_is_refused(small, tmp_path, name, eos):
+    saved(small["llama3"][1], tmp_path)
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=f" {name} has the eos_token_id .*; write a whole number or a list"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_models_config_is_not_a_tokenizer_file_to_save(small, tmp_path):
+    saved(small["llama3"][1], tmp_path / "in")
+    (tmp_path / "in" / "config.json").write_text('{"eos_token_id": 3}')
+    Tokenizer.load(tmp_path / "in").save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("steps", [[], ["NFC"], ["NFC", "NFC"], [["NFC"]], [[], "NFC"]])
+def test_normalizers_in_a_sequence(small, tmp_path, steps):
+    def sequence(steps):
+        return normalizers.Sequence([normalizers.NFC() if step == "NFC" else sequence(step) for step in steps])
+
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.normalizer = sequence(steps)
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    for text in ("cafe\u0301 e\u0301", "café"):
+        assert ours.encode(text) == reference_ids(reference, text)
+
+
+def test_markers_that_are_in_the_vocabulary_but_not_among_the_added_tokens(small, tmp_path):
+    config = json.loads((small["qwen2"][2] / "tokenizer.json").read_bytes())
+    config["model"]["vocab"] |= {token["content"]: token["id"] for token in config.pop("added_tokens")}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config | {"added_tokens": []}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": {**KILOJOULE, "content": "<|im_end|>", "__type": "AddedToken"}, "additional_special_tokens": ["<|im_start|>", {
+            **KILOJOULE, "content": "<|endoftext|>", "__type": "AddedToken"}],
+        "chat_template": TURNS}))
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.stop == {theirs.eos_token_id} == {small["qwen2"][0].special["<|im_end|>"]}
+    assert ours.render(CONVERSATION) == applied(theirs, CONVERSATION, return_dict=False)
+
+
 def test_save_copies_byte_for_byte_even_when_the_source_is_gone(small, tmp_path):
     source = saved(small["qwen2"][1], tmp_path / "in")
     files = {"tokenizer.json": (source / "tokenizer.json").read_bytes(), "tokenizer_config.json": b'{ "a":\r\n 1}',
@@ -699,6 +761,7 @@ def put(name, content):
     (change(byte_fallback=True), "asks for byte_fallback"),
     (change(end_of_word_suffix="</w>"), "asks for end_of_word_suffix"),
     (change(normalizer={"type": "Lowercase"}), "the normalizer 'Lowercase'"),
+    (change(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}), "the normalizer 'NFKC'"),
     (change(pre_tokenizer={"type": "Metaspace", "replacement": "_"}), "the pre_tokenizer .*Metaspace"),
     (change(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "without add_prefix_space"),
     (change(pre_tokenizer=None), "the pre_tokenizer .*null"),

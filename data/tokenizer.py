@@ -275,13 +275,10 @@ def added_tokens(files, listed: list[dict], vocab: dict) -> dict[str, Added]:
                for text, i in read_json(files, "added_tokens.json").items()]
     decoder = read_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}
     entries += listed + [{**token, "id": int(i)} for i, token in decoder.items()]
-    added = {}
-    for entry in entries:
-        flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
-        added[entry["content"]] = Added(entry["id"], **flags)
-    names = special_names(files)
-    added |= {text: Added(vocab[text]) for text in names if text in vocab and text not in added}
-    for text in added.keys() & (names | MARKERS):
+    added = {entry["content"]: with_flags(entry["id"], entry) for entry in entries}
+    called = called_special(files)
+    added |= {text: with_flags(vocab[text], entry) for text, entry in called.items() if text in vocab and text not in added}
+    for text in added.keys() & (called.keys() | MARKERS):
         added[text] = added[text]._replace(special=True)
         if text in MARKERS and added[text].single_word:
             raise ValueError(f"{text} has single_word, so that beside a word it would be no marker; "
@@ -289,16 +286,24 @@ def added_tokens(files, listed: list[dict], vocab: dict) -> dict[str, Added]:
     return added
 
 
-def special_names(files) -> set[str]:
-    """The tokens that the files call special: by a name such as eos_token, or in a list of further ones."""
-    names = set()
+def with_flags(i: int, entry: dict) -> Added:
+    return Added(i, **{flag: bool(entry[flag]) for flag in FLAGS if flag in entry})
+
+
+def called_special(files) -> dict[str, dict]:
+    """Text -> entry of the tokens that files call special: by a name such as eos_token, or in a list of further ones."""
+    called = {}
     for name in NAMING:
-        names |= set(named_tokens(files, name).values())
+        content = read_json(files, name)
+        tokens = [token for key, token in content.items() if key.endswith("_token")]  # add_bos_token is a bool
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            further = read_json(files, name).get(key)
-            tokens = further if isinstance(further, list) else []
-            names |= {token["content"] if isinstance(token, dict) else token for token in tokens}
-    return names
+            tokens += content[key] if isinstance(content.get(key), list) else []
+        for token in tokens:
+            if isinstance(token, str):
+                called[token] = {}
+            elif isinstance(token, dict):
+                called[token["content"]] = token
+    return called
 
 
 def named_tokens(files, name) -> dict[str, str]:
