@@ -53,7 +53,7 @@ def config_fields(raw: dict) -> dict:
     for key in ("quantization_config", "attention_bias", "mlp_bias"):
         if raw.get(key):
             raise ValueError(f"{key} = {short(raw[key])} is not supported")
-    for key, known in (("hidden_act", ("silu", "swish")), ("partial_rotary_factor", (1.0,))):  # swish is silu's older name
+    for key, known in (("hidden_act", ("silu", "swish")), ("partial_rotary_factor", (1.0,))):  # two names of one function
         if raw.get(key, known[0]) not in known:
             raise ValueError(f"{key} {short(raw[key])} is not supported, only {known[0]!r}")
     refuse_sliding(raw)

@@ -7,7 +7,8 @@ All are byte-level BPE, so any text has ids and comes back from them; anything e
 The ids are those of the `tokenizers` library with encode_special_tokens, which keeps special tokens out of plain
 text. Three exceptions are known. Where a file asks for NFC: text in which one of 99 combining marks stands next to
 another, because that library's NFC is Unicode 9's, Python 3.11's is 14's. Text of more than SLICE characters, which
-is split there whatever stands there. And a chat family's markers, which are special here whatever their flag says.
+is split there whatever stands there. And special tokens: no merges make one of text here, and the markers of chat
+prompts are special whatever their flag says.
 
 The files may be a stranger's: no pattern is taken from them that is not known here, and ids and lengths are bounded.
 """
@@ -136,7 +137,8 @@ def stop_ids(files, special, end) -> set[int]:
     """Every id that ends a turn: chat models often have several, named in different files."""
     stop = {special[end]} | eos_ids(files)
     for name in NAMING:
-        eos = named_tokens(files, name).get("eos_token")
+        eos = read_json(files, name).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
         if eos is not None and eos not in special:
             raise ValueError(f"{name} has the eos_token {short(eos)}, which is no token of this vocabulary; "
                              "download the tokenizer files again")
@@ -147,7 +149,7 @@ def stop_ids(files, special, end) -> set[int]:
 def eos_ids(files) -> set[int]:
     """The eos_token_id, a number or a list, of generation_config.json or, without that file, of config.json.
 
-    Ids that no model can emit are left out, as transformers ignores them.
+    Ids that no model can emit are left out, as transformers ignores them; `generate` ignores those that its own cannot.
     """
     name = "generation_config.json" if "generation_config.json" in files else "config.json"
     eos = read_json(files, name).get("eos_token_id")
@@ -304,13 +306,6 @@ def called_special(files) -> dict[str, dict]:
             elif isinstance(token, dict):
                 called[token["content"]] = token
     return called
-
-
-def named_tokens(files, name) -> dict[str, str]:
-    """{"eos_token": "<|im_end|>", ...}; each is written as a string or as {"content": string, ...}."""
-    named = {key: token for key, token in read_json(files, name).items() if key.endswith("_token")}
-    return {key: token["content"] if isinstance(token, dict) else token
-            for key, token in named.items() if isinstance(token, (str, dict))}  # add_bos_token is a bool
 
 
 def read_json(files, name) -> dict:
