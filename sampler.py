@@ -59,7 +59,7 @@ def generate(model: LM, prompts: list[list[int]], *, max_tokens: int, stop: Iter
     block = 0 if on_step else BLOCK.get(device.type, 0)
     cache = KVCache(model, min(rows or n, n), max(map(len, prompts)) + max_tokens + block, prefix)
     is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-    is_stop[list(stop)] = True
+    is_stop[[i for i in stop if 0 <= i < len(is_stop)]] = True  # others come from a file for a larger model
     writing = Writing(model, cache, uniform, is_stop, temperature, top_p, on_step)
     writing.run(Waiting(model, prompts, samples, prefix), block)
 

@@ -18,7 +18,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 import sampler
 import weights
@@ -384,6 +384,23 @@ def test_a_finished_response_holds_one_stop_token_at_its_end():
     assert all(len(r) == 10 and not any(t in STOP for t in r) for r in cut)
 
 
+def test_a_stop_id_that_the_model_cannot_emit_is_ignored(tmp_path):
+    """As transformers does with the eos_token_id of a file that was written for a larger model."""
+    theirs = liven(transformers.AutoModelForCausalLM.from_config(PEERS["llama"]))
+    theirs.save_pretrained(tmp_path)
+    ours, prompt = LM.load(tmp_path), prompts_of(5)[0]
+
+    def greedy(stop):
+        tokens = torch.tensor([prompt])
+        return theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=20,
+                               eos_token_id=stop, pad_token_id=0)[0, len(prompt):].tolist()
+
+    fifth = greedy(None)[4]
+    for stop in ([128001, 128009], [fifth, 128009, 61], [fifth, -1]):
+        known = [i for i in stop if i >= 0]  # transformers warns of the others
+        assert generate(ours, [prompt], max_tokens=20, stop=stop, temperature=0) == [greedy(known)]
+
+
 def test_responses_come_question_by_question():
     prompts = prompts_of(2, 5, 9)
     expected = [argmax_loop(p, 6) for p in prompts for _ in range(3)]
@@ -599,6 +616,88 @@ def test_a_tied_head_that_is_written_out_as_well_is_read(tmp_path):
     assert_same_bits(model, MODEL)
 
 
+def test_a_tied_model_whose_file_holds_only_the_head_is_read(tmp_path):
+    """safetensors' save_model writes of two names for one tensor the first."""
+    theirs = liven(transformers.AutoModelForCausalLM.from_config(PEERS["llama tied, scaled rope, head_dim"]))
+    theirs.save_pretrained(tmp_path)
+    save_model(theirs, tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = LM.load(tmp_path)
+    assert ours.head.weight is ours.embed.weight
+    with torch.no_grad():
+        assert_close(ours(TOKENS), peer_logits(theirs))
+        assert_close(ours(TOKENS), peer_logits(again))
+
+
+def test_an_untied_model_whose_file_holds_only_the_head_is_refused(directory):
+    change_tensors(directory, lambda t: t.pop("model.embed_tokens.weight"))
+    assert "lacks tensors for its config.json: model.embed_tokens.weight" in refusal(directory)
+
+
+# Written by other tools than transformers' newest; what each means is what transformers makes of it
+
+
+def reread(directory):
+    """Logits of a directory as transformers reads it."""
+    return peer_logits(transformers.AutoModelForCausalLM.from_pretrained(directory))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_rotary_frequencies_in_the_file_are_left_alone(sharded, tmp_path):
+    theirs = liven(transformers.AutoModelForCausalLM.from_config(PEERS["llama"]))
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 2)}
+    tensors = {**theirs.state_dict(), **frequencies, "model.rotary_emb.inv_freq": torch.ones(4)}
+    theirs.save_pretrained(tmp_path, state_dict=tensors, max_shard_size="20KB" if sharded else "1GB")
+    files = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    assert (len(files) > 1) == sharded
+    assert sum("inv_freq" in name for file in files for name in file) == 3
+    with torch.no_grad():
+        assert_close(LM.load(tmp_path)(TOKENS), reread(tmp_path))
+
+
+@pytest.mark.parametrize("absent", [None, []])
+def test_the_model_type_says_what_architectures_does_not(peer, absent):
+    model, directory = peer
+    edit(directory / "config.json", architectures=absent)
+    with torch.no_grad():
+        assert_close(LM.load(directory)(TOKENS), reread(directory))
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"hidden_act": "swish"}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3, "layer_types": None}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": None, "max_window_layers": None}),  # from layer 28
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
+               "layer_types": ["full_attention"] * 3}),
+])
+def test_other_spellings_of_what_the_model_does(name, changes, tmp_path):
+    model = liven(transformers.AutoModelForCausalLM.from_config(PEERS[name]))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    with torch.no_grad():
+        assert_close(LM.load(tmp_path)(TOKENS), reread(tmp_path))
+
+
+def test_without_a_window_no_layer_slides(tmp_path):
+    model = liven(transformers.AutoModelForCausalLM.from_config(PEERS["qwen2"]))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", use_sliding_window=True, max_window_layers=0, layer_types=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    with torch.no_grad():
+        assert_close(LM.load(tmp_path)(TOKENS), reread(tmp_path))
+
+
+def test_a_window_that_some_layer_has_changes_what_transformers_computes(tmp_path):
+    """Which is why it is refused."""
+    model = liven(transformers.AutoModelForCausalLM.from_config(PEERS["qwen2"]))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=2, layer_types=None)
+    assert (reread(tmp_path) - peer_logits(model)).abs().max() > 0.1
+    assert "layers from 2 on" in refusal(tmp_path)
+
+
 # ------------------------------------------------------------------ save and load
 
 
@@ -755,7 +854,8 @@ def test_a_config_that_is_no_json_object_is_refused(directory, content):
 
 @pytest.mark.parametrize("changes, words", [
     ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-    ({"architectures": []}, ["LlamaForCausalLM"]),
+    ({"architectures": [], "model_type": None}, ["LlamaForCausalLM"]),
+    ({"architectures": None, "model_type": "mistral"}, ["mistral", "LlamaForCausalLM"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope", "yarn"]),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope", "linear"]),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["rope", "dynamic"]),
@@ -765,7 +865,9 @@ def test_a_config_that_is_no_json_object_is_refused(directory, content):
     ({"rope_theta": "big"}, ["rope_theta"]),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
-    ({"use_sliding_window": True, "sliding_window": 4}, ["sliding"]),
+    ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, ["use_sliding_window", "layers from 0 on"]),
+    ({"use_sliding_window": True, "max_window_layers": "1"}, ["use_sliding_window", "'1'"]),
+    ({"layer_types": ["chunked_attention"]}, ["layer_types", "chunked_attention"]),
     ({"layer_types": ["sliding_attention"], "sliding_window": 4}, ["sliding"]),
     ({"attention_bias": True}, ["attention_bias"]),
     ({"mlp_bias": True}, ["mlp_bias"]),

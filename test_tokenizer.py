@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
+from data.added import SPACES, in_a_word
+from data.chat import FAMILIES
 from data.tokenizer import (
     BUILTIN_PATTERN,
     BYTES,
@@ -371,7 +373,8 @@ def test_special_tokens_written_in_messages_stay_text(chats, name):
                 {"role": "assistant", "content": "5"}, {"role": "user", "content": text}]
 
     mark = "\ue000"  # stands for the attack while the oracle looks for special tokens
-    letters, expected = train(CHATS[name].layout, SMALL_TALK, special=[]), []
+    letters, expected = train(CHATS[name].layout, SMALL_TALK, special), []
+    letters.encode_special_tokens = True  # Qwen's tags are not special: text makes them
     for piece in re.split(f"({'|'.join(map(re.escape, special))})", applied(theirs, messages(mark), tokenize=False)):
         expected += [ours.special[piece]] if piece in special else reference_ids(letters, piece.replace(mark, attack))
     assert ours.render(messages(attack)) == expected
@@ -448,6 +451,141 @@ def test_a_malformed_message_is_shown(small, message):
         small["qwen2"][0].render([message])
 
 
+# ------------------------------------------------------------------ added tokens
+
+
+flags = st.fixed_dictionaries({name: st.booleans() for name in ("special", "normalized", "single_word", "lstrip", "rstrip")})
+contents = st.one_of(
+    st.sampled_from(["kilojoule", "kilo", "joule", "<thought>", "<|x|>", "|x", "e\u0301", "\u0301", "é", "a b", "\n"]),
+    st.text("ab<", min_size=1, max_size=3))  # the library panics where a token that begins with a space follows one with rstrip
+fragments = st.sampled_from([
+    "kilojoule", "kilo", "joule", "s", "<thought>", "<|x|>", "e\u0301", "é", "\u0301", "a", "b", "<", "1", "_", "½", "Ⓐ", "\u200d",
+    " ", "  ", "\n", "\t", "\u00a0", "\x1c", ".", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("layout", ["llama3", "qwen2"])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(added=st.lists(st.tuples(contents, flags), max_size=5, unique_by=lambda entry: entry[0]),
+       texts=st.lists(st.lists(fragments, max_size=8).map("".join), min_size=4, max_size=4))
+def test_added_tokens_are_found_where_the_library_finds_them(small, tmp_path, layout, added, texts):
+    reference = tokenizers.Tokenizer.from_str(small[layout][1].to_str())
+    reference.add_tokens([AddedToken(text, **its_flags) for text, its_flags in added])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    reference.encode_special_tokens = True
+    for text in texts:
+        assert ours.encode(text) == reference_ids(reference, text), text
+
+
+def test_a_word_that_is_added_to_a_model_is_produced(small, tmp_path):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens(["kilojoule"])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    ids = ours.encode("12 kilojoules")
+    assert reference.token_to_id("kilojoule") in ids and ids == reference_ids(reference, "12 kilojoules")
+    assert ours.decode(ids) == "12 kilojoules"
+
+
+def test_white_space_and_word_characters_are_the_librarys():
+    reference = tokenizers.Tokenizer(models.BPE(vocab=BYTES, merges=[]))
+    reference.pre_tokenizer = byte_level(True)
+    reference.add_tokens([AddedToken("ab", single_word=True), AddedToken("cd", rstrip=True)])
+    word = reference.token_to_id("ab")
+    for character in map(chr, (*range(0xD800), *range(0xE000, 0x110000))):
+        assert in_a_word(character) == (word not in reference_ids(reference, "ab" + character)), ascii(character)
+        assert (character in SPACES) == (len(reference_ids(reference, "cd" + character)) == 1), ascii(character)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized"])
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_prompts_with_flags_on_the_markers(name, flag, special, tmp_path):
+    layout, tokens, jinja = CHATS[name]
+    reference = train(layout, SMALL_TALK, special=[])
+    reference.add_tokens([AddedToken(text, special=special, **{"normalized": False, flag: True}) for text in tokens])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=jinja)
+    if layout == "llama3":
+        theirs.bos_token = "<|begin_of_text|>"
+    for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[:3]):
+        assert ours.render(messages) == applied(theirs, messages, return_dict=False)
+    assert not set(ours.encode("".join(FAMILIES[ours.family].markers))) & set(ours.special.values())
+
+
+def test_a_marker_that_a_word_beside_it_would_hide_is_refused(tmp_path):
+    reference = train("qwen2", SMALL_TALK, special=[])
+    reference.add_tokens([AddedToken(text, special=True, single_word=text == "<|im_start|>") for text in CHATML])
+    with pytest.raises(ValueError, match=r"<\|im_start\|> has single_word.*set single_word to false"):
+        Tokenizer.load(saved(reference, tmp_path))
+
+
+KILOJOULE = {"content": "kilojoule", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": KILOJOULE}}},  # says rstrip, tokenizer.json does not
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": {**KILOJOULE, "special": True}}}},
+    {"tokenizer_config.json": {"eos_token": "The"}},  # in the vocabulary, but not among the added tokens
+    {"tokenizer_config.json": {"eos_token": {**KILOJOULE, "content": "The", "__type": "AddedToken"}}},
+    {"special_tokens_map.json": {"eos_token": {**KILOJOULE, "content": "<|im_end|>"}}},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "extra_special_tokens": ["The"]}},
+])
+def test_what_other_files_say_of_a_token_counts_as_in_transformers(small, tmp_path, files):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens([AddedToken("kilojoule", special=False, normalized=False)])
+    saved(reference, tmp_path)
+    for name, content in files.items():
+        text = json.dumps(content).replace("ID", str(reference.token_to_id("kilojoule")))
+        (tmp_path / name).write_text(text)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.eos_token_id is None or theirs.eos_token_id in ours.stop
+    conversation = [{"role": "user", "content": "12 kilojoule  a"}, {"role": "assistant", "content": "x"}]
+    if theirs.added_tokens_decoder[reference.token_to_id("kilojoule")].special:
+        conversation[0]["content"] = "12 kilojoul"  # what is special is not made of a message here
+    theirs.chat_template = TURNS
+    assert ours.render(conversation) == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    theirs.backend_tokenizer.encode_special_tokens = True
+    text = "kilojoule  a kilojoules<|im_end|> b"
+    assert ours.encode(text) == reference_ids(theirs.backend_tokenizer, text)
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"added_tokens_decoder": {"ID": KILOJOULE}}},
+    {"tokenizer_config.json": {}, "added_tokens.json": {"kilojoule": "ID"}},
+    {"tokenizer_config.json": {"pad_token": "kilojoule"}, "added_tokens.json": {"kilojoule": "ID"}},
+])
+def test_words_added_beside_vocab_json(small, tmp_path, files):
+    ours, reference, _ = small["qwen2"]
+    reference.model.save(str(tmp_path))
+    ids = {**ours.special, "kilojoule": ours.vocab_size}
+    for name, content in files.items():
+        content = json.loads(json.dumps(content).replace('"ID":', f'"{ids["kilojoule"]}":').replace('"ID"', str(ids["kilojoule"])))
+        if name == "added_tokens.json":
+            content = ids | content
+        elif "added_tokens_decoder" in content:
+            content["added_tokens_decoder"] |= {str(ids[text]): {**KILOJOULE, "content": text, "special": True, "rstrip": False}
+                                                for text in CHATML}
+        if name == "tokenizer_config.json":
+            content |= {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | content
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded, theirs = Tokenizer.load(tmp_path), transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids("kilojoule") == ids["kilojoule"] == loaded.special["kilojoule"]
+    theirs.backend_tokenizer.encode_special_tokens = True
+    for text in ("12 kilojoule  a", "kilojoules<|im_end|>\n", "e\u0301"):
+        assert loaded.encode(text) == reference_ids(theirs.backend_tokenizer, text)
+
+
+def test_ten_thousand_added_words_are_found_in_a_second(small, tmp_path):
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.add_tokens([f"word{i}" for i in range(10_000)])
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    text = "a word77 in words of word9999x and sword8 " * 500
+    start = time.process_time()
+    ids = ours.encode(text)
+    assert time.process_time() - start < 1
+    assert ids == reference_ids(reference, text)
+
+
 # ------------------------------------------------------------------ the built-in vocabulary
 
 
@@ -517,6 +655,68 @@ def test_stop_ids_are_gathered_from_every_file(small, tmp_path):
     assert 9 in Tokenizer.load(tmp_path).stop
 
 
+EOS = [3, [3, 5], [], None, [128001, 128009], [5, -1]]
+
+
+@pytest.mark.parametrize("generation", ["no file", {}, *({"eos_token_id": eos} for eos in EOS)])
+@pytest.mark.parametrize("eos", EOS)
+def test_the_eos_ids_are_those_that_transformers_reads(small, tmp_path, eos, generation):
+    ours, reference, _ = small["llama3"]
+    saved(reference, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": eos}))
+    if generation != "no file":
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    try:
+        expected = transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    except OSError:  # without the file transformers takes the model's configuration
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        expected = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    expected = {expected} if isinstance(expected, int) else set(expected or ())
+    assert Tokenizer.load(tmp_path).stop == {ours.special["<|eot_id|>"], *(i for i in expected if i >= 0)}
+
+
+@pytest.mark.parametrize("eos", ["3", 3.0, True, [[3]], {"a": 1}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_eos_token_id_that_is_no_number_is_refused(small, tmp_path, name, eos):
+    saved(small["llama3"][1], tmp_path)
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=f" {name} has the eos_token_id .*; write a whole number or a list"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_models_config_is_not_a_tokenizer_file_to_save(small, tmp_path):
+    saved(small["llama3"][1], tmp_path / "in")
+    (tmp_path / "in" / "config.json").write_text('{"eos_token_id": 3}')
+    Tokenizer.load(tmp_path / "in").save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("steps", [[], ["NFC"], ["NFC", "NFC"], [["NFC"]], [[], "NFC"]])
+def test_normalizers_in_a_sequence(small, tmp_path, steps):
+    def sequence(steps):
+        return normalizers.Sequence([normalizers.NFC() if step == "NFC" else sequence(step) for step in steps])
+
+    reference = tokenizers.Tokenizer.from_str(small["qwen2"][1].to_str())
+    reference.normalizer = sequence(steps)
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    for text in ("cafe\u0301 e\u0301", "café"):
+        assert ours.encode(text) == reference_ids(reference, text)
+
+
+def test_markers_that_are_in_the_vocabulary_but_not_among_the_added_tokens(small, tmp_path):
+    config = json.loads((small["qwen2"][2] / "tokenizer.json").read_bytes())
+    config["model"]["vocab"] |= {token["content"]: token["id"] for token in config.pop("added_tokens")}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config | {"added_tokens": []}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": {**KILOJOULE, "content": "<|im_end|>", "__type": "AddedToken"}, "additional_special_tokens": ["<|im_start|>", {
+            **KILOJOULE, "content": "<|endoftext|>", "__type": "AddedToken"}],
+        "chat_template": TURNS}))
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.stop == {theirs.eos_token_id} == {small["qwen2"][0].special["<|im_end|>"]}
+    assert ours.render(CONVERSATION) == applied(theirs, CONVERSATION, return_dict=False)
+
+
 def test_save_copies_byte_for_byte_even_when_the_source_is_gone(small, tmp_path):
     source = saved(small["qwen2"][1], tmp_path / "in")
     files = {"tokenizer.json": (source / "tokenizer.json").read_bytes(), "tokenizer_config.json": b'{ "a":\r\n 1}',
@@ -561,6 +761,7 @@ def put(name, content):
     (change(byte_fallback=True), "asks for byte_fallback"),
     (change(end_of_word_suffix="</w>"), "asks for end_of_word_suffix"),
     (change(normalizer={"type": "Lowercase"}), "the normalizer 'Lowercase'"),
+    (change(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}), "the normalizer 'NFKC'"),
     (change(pre_tokenizer={"type": "Metaspace", "replacement": "_"}), "the pre_tokenizer .*Metaspace"),
     (change(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "without add_prefix_space"),
     (change(pre_tokenizer=None), "the pre_tokenizer .*null"),

@@ -23,8 +23,11 @@ A_MODEL_DIRECTORY = "a model directory holds config.json, model.safetensors and 
 WRITTEN = ("config.json", "model.safetensors.index.json")  # by LM.save itself
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPUTED = "rotary_emb.inv_freq"  # older files hold these; they follow from config.json, and transformers ignores them too
 FLOATS = ("F64", "F32", "F16", "BF16")
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
+MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}  # "llama", ...
 
 
 def read_config(directory) -> tuple[dict, dict]:
@@ -46,18 +49,14 @@ def read_config(directory) -> tuple[dict, dict]:
 
 def config_fields(raw: dict) -> dict:
     """ModelConfig's fields from a config.json's content; ValueError says what is not supported or not sensible."""
-    named = raw.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else named
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {short(architecture)} is not supported; known are {', '.join(ARCHITECTURES)}")
-    for key in ("quantization_config", "use_sliding_window", "attention_bias", "mlp_bias"):
+    architecture = architecture_of(raw)
+    for key in ("quantization_config", "attention_bias", "mlp_bias"):
         if raw.get(key):
             raise ValueError(f"{key} = {short(raw[key])} is not supported")
-    for key, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if raw.get(key, only) != only:
-            raise ValueError(f"{key} {short(raw[key])} is not supported, only {only!r}")
-    if "sliding_attention" in (raw["layer_types"] if isinstance(raw.get("layer_types"), list) else ()):
-        raise ValueError("layer_types has sliding_attention, which is not supported")
+    for key, known in (("hidden_act", ("silu", "swish")), ("partial_rotary_factor", (1.0,))):  # two names of one function
+        if raw.get(key, known[0]) not in known:
+            raise ValueError(f"{key} {short(raw[key])} is not supported, only {known[0]!r}")
+    refuse_sliding(raw)
     tied = raw.get("tie_word_embeddings") or False
     if tied is not True and tied is not False:
         raise ValueError(f"tie_word_embeddings = {short(tied)} must be true or false")
@@ -70,6 +69,29 @@ def config_fields(raw: dict) -> dict:
         raise ValueError("low_freq_factor must be below high_freq_factor")
     return {**sizes, "norm_eps": eps, "rope_theta": float(theta), "rope_scaling": scaling, "tie_embeddings": tied,
             **ARCHITECTURES[architecture]}
+
+
+def architecture_of(raw: dict) -> str:
+    """One of ARCHITECTURES: the first of config.json's "architectures", or without any, the one of its "model_type"."""
+    named, kind = raw.get("architectures"), raw.get("model_type")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not architecture and isinstance(kind, str):
+        architecture = MODEL_TYPES.get(kind, kind)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {short(architecture)} is not supported; known are {', '.join(ARCHITECTURES)}")
+    return architecture
+
+
+def refuse_sliding(raw: dict) -> None:
+    """Raises ValueError if a layer attends to a window only: as layer_types says or, without it, Qwen's older three keys."""
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list):
+        if other := [kind for kind in kinds if kind != "full_attention"]:
+            raise ValueError(f"layer_types has {short(other[0])}, which is not supported")
+    elif raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
+        first, layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers")  # the first layer that slides
+        if type(first) is not int or type(layers) is not int or first < layers:
+            raise ValueError(f"use_sliding_window is set and layers from {short(first)} on slide, which is not supported")
 
 
 def rotation(raw: dict) -> tuple:
@@ -114,8 +136,9 @@ def check_sizes(directory: Path, fields: dict) -> None:
     with the first.
     """
     shapes: dict[str, tuple] = {}
-    for file in sorted(set(tensor_places(directory).values())):
-        shapes |= tensor_shapes(file)
+    places = tensor_places(directory)
+    for file in sorted(set(places.values())):
+        shapes |= {name: shape for name, shape in tensor_shapes(file).items() if name in places}
     layers: dict[str, dict] = {}
     for name, shape in shapes.items():
         if match := LAYER.fullmatch(name):
@@ -125,7 +148,7 @@ def check_sizes(directory: Path, fields: dict) -> None:
         raise ValueError(f"{directory}: config.json asks for {fields['n_layers']} layers, there are tensors of {len(layers)} "
                          f"(such as {last})")
     dim, heads = fields["dim"], "model.layers.0.self_attn."
-    for name, rows in (("model.embed_tokens.weight", fields["vocab_size"]),
+    for name, rows in ((embedding_name(shapes, fields["tie_embeddings"]), fields["vocab_size"]),
                        (heads + "q_proj.weight", fields["n_heads"] * fields["head_dim"]),
                        (heads + "k_proj.weight", fields["n_kv_heads"] * fields["head_dim"]),
                        ("model.layers.0.mlp.gate_proj.weight", fields["ffn_dim"])):
@@ -136,6 +159,11 @@ def check_sizes(directory: Path, fields: dict) -> None:
     for i, layer in layers.items():
         if other := layer.items() ^ layers["0"].items():
             raise ValueError(f"{directory}: model.layers.{i} and model.layers.0 differ in the tensor or shape of {min(other)[0]}")
+
+
+def embedding_name(names, tied: bool) -> str:
+    """Under which name a file holds the embedding: of a tied model it may hold only the head, which is the same matrix."""
+    return HEAD if tied and HEAD in names and EMBEDDING not in names else EMBEDDING
 
 
 def config_to_json(config) -> dict:
@@ -158,11 +186,15 @@ def config_to_json(config) -> dict:
 def read_tensors(directory, wanted: dict, tied: bool) -> None:
     """Copy the safetensors of a directory into the tensors `wanted` by name; names and shapes must match exactly.
 
+    A tied model's matrix may be there as the embedding, as the head, or as both if they are equal.
     Files are mapped for one tensor at a time, so that at the peak there is the model and its largest tensor.
     """
     directory = Path(directory)
     places = tensor_places(directory)
-    present = places.keys() - ({"lm_head.weight"} if tied else set())
+    embedding = embedding_name(places, tied)
+    wanted = {embedding if name == EMBEDDING else name: tensor for name, tensor in wanted.items()}
+    twice = tied and embedding == EMBEDDING and HEAD in places  # some exporters write the tied head out as well
+    present = places.keys() - ({HEAD} if twice else set())
     for problem, names in (("lacks", wanted.keys() - present), ("has unknown", present - wanted.keys())):
         if names:
             shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -173,15 +205,18 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
             if shape != tuple(tensor.shape):
                 raise ValueError(f"{places[name]}: {name} has shape {shape}, config.json asks for {tuple(tensor.shape)}")
             tensor.detach().copy_(file.get_tensor(name))
-    if tied and "lm_head.weight" in places:  # some exporters write the tied head out as well
-        embedding = "model.embed_tokens.weight"
-        with opened(places["lm_head.weight"]) as head, opened(places[embedding]) as embed:
-            if not head.get_tensor("lm_head.weight").equal(embed.get_tensor(embedding)):
-                raise ValueError(f"{directory}: lm_head.weight is not {embedding}, though config.json ties them")
+    if twice:
+        with opened(places[HEAD]) as head, opened(places[EMBEDDING]) as embed:
+            if not head.get_tensor(HEAD).equal(embed.get_tensor(EMBEDDING)):
+                raise ValueError(f"{directory}: {HEAD} is not {EMBEDDING}, though config.json ties them")
 
 
 def tensor_places(directory: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it: model.safetensors, or the shards that an index names."""
+    return {name: file for name, file in all_places(directory).items() if not name.endswith(COMPUTED)}
+
+
+def all_places(directory: Path) -> dict[str, Path]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return dict.fromkeys(tensor_shapes(single), single)

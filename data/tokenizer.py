@@ -4,9 +4,11 @@ tiktoken splits and merges; this file tells it how, from whichever tokenizer fil
 tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
 All are byte-level BPE, so any text has ids and comes back from them; anything else is refused by name.
 
-The ids are those of the `tokenizers` library. Two exceptions are known. Where a file asks for NFC: text in which
-one of 99 combining marks stands next to another, because that library's NFC is Unicode 9's, Python 3.11's is 14's.
-And text of more than SLICE characters, which is split there whatever stands there.
+The ids are those of the `tokenizers` library with encode_special_tokens, which keeps special tokens out of plain
+text. Three exceptions are known. Where a file asks for NFC: text in which one of 99 combining marks stands next to
+another, because that library's NFC is Unicode 9's, Python 3.11's is 14's. Text of more than SLICE characters, which
+is split there whatever stands there. And special tokens: no merges make one of text here, and the markers of chat
+prompts are special whatever their flag says.
 
 The files may be a stranger's: no pattern is taken from them that is not known here, and ids and lengths are bounded.
 """
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import tiktoken
 
+from data.added import FLAGS, SPACES, Added, Finder
 from data.chat import BUILTIN_SPECIAL, FAMILIES, recognise, variant
 from files import regular
 
@@ -31,12 +34,16 @@ class Tokenizer:
     """A vocabulary and the chat template that belongs to it; made by `load` or `builtin`."""
 
     def __init__(self, vocabulary: "Vocabulary", files: dict[str, bytes]):
-        self.special = vocabulary.special
+        self._added = vocabulary.added
+        self.special = {text: token.id for text, token in self._added.items()}
         published = published_template(files)
         self.family = recognise(self.special, published)
         self._variant = variant(self.family, self.special, published)
         self.stop = stop_ids(files, self.special, FAMILIES[self.family].end)
-        self._files, self._nfc, self._ids = files, vocabulary.nfc, vocabulary.ranked
+        self._files = {name: data for name, data in files.items() if name != "config.json"}  # that is the model's
+        self._nfc, self._ids = vocabulary.nfc, vocabulary.ranked
+        self._before_nfc = Finder({text: token for text, token in self._added.items() if not token.normalized})
+        self._after_nfc = Finder({self._normal(text): token for text, token in self._added.items() if token.normalized})
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
         self.vocab_size = max(self._pieces) + 1
         ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}
@@ -71,9 +78,23 @@ class Tokenizer:
             (directory / name).write_bytes(data)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text: "<|eot_id|>" written in it is not the special token, only its letters."""
-        if self._nfc:
-            text = unicodedata.normalize("NFC", text)
+        """The ids of plain text: "<|eot_id|>" written in it is not the special token, only its letters.
+
+        Added tokens that are not special are found in it.
+        """
+        ids = []
+        for part in self._before_nfc.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for piece in self._after_nfc.split(self._normal(part)):
+                ids += [piece] if isinstance(piece, int) else self._merged(piece)
+        return ids
+
+    def _normal(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
+    def _merged(self, text: str) -> list[int]:
         slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
         return [self._ids[rank] for part in slices for rank in self._encoding.encode_ordinary(part)]
 
@@ -90,8 +111,14 @@ class Tokenizer:
             if message.get("role") not in ("system", "user", *speakers) or not isinstance(message.get("content"), str):
                 raise ValueError(f"a message has a text as content and a role out of system, user, "
                                  f"{', '.join(speakers)}; this one is {message}")
+        parts = list(template(messages, reply_as, **self._variant))
+        following = [self._added[marker] for marker, _ in parts[1:]]
         ids = []
-        for marker, text in template(messages, reply_as, **self._variant):
+        for (marker, text), next_marker in zip(parts, [*following, None]):
+            if self._added[marker].rstrip:
+                text = text.lstrip(SPACES)
+            if next_marker and next_marker.lstrip:
+                text = text.rstrip(SPACES)
             ids += [self.special[marker], *self.encode(text)]
         return ids
 
@@ -108,22 +135,37 @@ def published_template(files) -> str:
 
 def stop_ids(files, special, end) -> set[int]:
     """Every id that ends a turn: chat models often have several, named in different files."""
-    stop = {special[end]}
-    eos = read_json(files, "generation_config.json").get("eos_token_id")
-    stop |= set(checked_ids([eos] if isinstance(eos, int) else eos or ()))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        eos = named_tokens(files, name).get("eos_token")
+    stop = {special[end]} | eos_ids(files)
+    for name in NAMING:
+        eos = read_json(files, name).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
         if eos is not None and eos not in special:
-            raise ValueError(f"{name} has the eos_token {short(eos)}, which is not a special token of this vocabulary")
+            raise ValueError(f"{name} has the eos_token {short(eos)}, which is no token of this vocabulary; "
+                             "download the tokenizer files again")
         stop |= {special[eos]} if eos else set()
     return stop
+
+
+def eos_ids(files) -> set[int]:
+    """The eos_token_id, a number or a list, of generation_config.json or, without that file, of config.json.
+
+    Ids that no model can emit are left out, as transformers ignores them; `generate` ignores those that its own cannot.
+    """
+    name = "generation_config.json" if "generation_config.json" in files else "config.json"
+    eos = read_json(files, name).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise ValueError(f"{name} has the eos_token_id {short(wrong[0])}; write a whole number or a list of them there")
+    return {i for i in ids if 0 <= i < ID_LIMIT}
 
 
 # Reading a model directory.
 
 FILES = ("wordproblems.tiktoken", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
          "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-         "chat_template.json")
+         "chat_template.json", "config.json")
+MARKERS = {marker for family in FAMILIES.values() for marker in family.markers}
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # these say which token is the eos_token and so on
 
 # A number is always a token of its own, the same after any word or sign: the space before it belongs to them.
 BUILTIN_PATTERN = (r"</?[a-z]+>| ?\\boxed\{| ?[A-Za-z']+(?: (?=[0-9]))?| [-+*/=] |: (?=[0-9])"
@@ -142,6 +184,7 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special
                   *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
 
 
+ID_LIMIT = 1 << 31  # no model's embedding has so many rows
 MOST_CHARACTERS = 256  # of a token; Llama 3's longest is 128 spaces. To look for the merges of one takes the square
 
 
@@ -149,7 +192,7 @@ class Vocabulary(NamedTuple):
     pattern: str              # splits text into the pieces that merging stays within
     pieces: dict[int, bytes]  # id -> bytes
     ranked: list[int]         # the ids that encoding can give, earliest merge first (ids need not be in that order)
-    special: dict[str, int]
+    added: dict[str, Added]
     nfc: bool = False         # whether text is normalised to NFC first
 
 
@@ -157,7 +200,7 @@ def read_vocabulary(files) -> Vocabulary:
     if "wordproblems.tiktoken" in files:
         return from_ranks(files, "wordproblems.tiktoken", BUILTIN_PATTERN, BUILTIN_SPECIAL)
     if "tokenizer.json" in files:
-        return from_tokenizer_json(read_json(files, "tokenizer.json"))
+        return from_tokenizer_json(files)
     if "tokenizer.model" in files:
         return from_ranks(files, "tokenizer.model", LLAMA3_PATTERN, LLAMA3_SPECIAL)
     if "vocab.json" in files and "merges.txt" in files:
@@ -170,22 +213,32 @@ def from_ranks(files, name, pattern, special) -> Vocabulary:
     ranks = parse_ranks(files[name], name)
     first = max(checked_ids(ranks.values())) + 1
     return Vocabulary(pattern, {i: token for token, i in ranks.items()}, sorted(ranks.values()),
-                      {token: first + i for i, token in enumerate(special)})
+                      {token: Added(first + i) for i, token in enumerate(special)})
 
 
-def from_tokenizer_json(config) -> Vocabulary:
-    model, normalizer = config["model"], config.get("normalizer") or {"type": None}
+def from_tokenizer_json(files) -> Vocabulary:
+    config = read_json(files, "tokenizer.json")
+    model = config["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"tokenizer.json holds a {short(model['type'])} model; only byte-level BPE can be read")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise ValueError(f"tokenizer.json asks for {option}, which byte-level BPE models do without")
-    if normalizer["type"] not in (None, "NFC"):
-        raise ValueError(f"tokenizer.json asks for the normalizer {short(normalizer['type'])}; only NFC or none can be had")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    special = {token["content"]: token["id"] for token in config.get("added_tokens") or ()}
-    return from_bpe(pattern_of(config.get("pre_tokenizer")), model["vocab"], merges, special,
-                    whole=model.get("ignore_merges", False), nfc=normalizer["type"] == "NFC")
+    added = added_tokens(files, config.get("added_tokens") or [], model["vocab"])
+    return from_bpe(pattern_of(config.get("pre_tokenizer")), model["vocab"], merges, added,
+                    whole=model.get("ignore_merges", False), nfc=asks_for_nfc(config.get("normalizer")))
+
+
+def asks_for_nfc(normalizer) -> bool:
+    """Whether a tokenizer.json's normalizer is NFC, alone or in a Sequence, rather than nothing."""
+    if not normalizer:
+        return False
+    if normalizer["type"] == "Sequence":
+        return any([asks_for_nfc(step) for step in normalizer["normalizers"]])  # a list, so that each is looked at
+    if normalizer["type"] != "NFC":
+        raise ValueError(f"tokenizer.json asks for the normalizer {short(normalizer['type'])}; only NFC or none can be had")
+    return True
 
 
 def pattern_of(pre_tokenizer) -> str:
@@ -211,19 +264,48 @@ def from_vocab_and_merges(files) -> Vocabulary:
     vocab, config = read_json(files, "vocab.json"), read_json(files, "tokenizer_config.json")
     lines = files["merges.txt"].decode(errors="replace").split("\n")
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    special = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    special |= read_json(files, "added_tokens.json")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        special |= {token: vocab[token] for token in named_tokens(files, name).values() if token in vocab}
+    added = added_tokens(files, [], vocab)
     qwen = config.get("tokenizer_class", "").startswith("Qwen2Tokenizer")
-    return from_bpe(QWEN2_PATTERN if qwen else GPT2_PATTERN, vocab, merges, special, nfc=qwen)
+    return from_bpe(QWEN2_PATTERN if qwen else GPT2_PATTERN, vocab, merges, added, nfc=qwen)
 
 
-def named_tokens(files, name) -> dict[str, str]:
-    """{"eos_token": "<|im_end|>", ...}; each is written as a string or as {"content": string, ...}."""
-    named = {key: token for key, token in read_json(files, name).items() if key.endswith("_token")}
-    return {key: token["content"] if isinstance(token, dict) else token
-            for key, token in named.items() if isinstance(token, (str, dict))}  # add_bos_token is a bool
+def added_tokens(files, listed: list[dict], vocab: dict) -> dict[str, Added]:
+    """Text -> added token. `listed` are tokenizer.json's. As in transformers, what tokenizer_config.json says of a token
+    counts before that, and a token of the vocabulary that the files call special (as eos_token, say) is added too.
+    """
+    entries = [{"content": text, "id": i, "special": False, "normalized": True}
+               for text, i in read_json(files, "added_tokens.json").items()]
+    decoder = read_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    entries += listed + [{**token, "id": int(i)} for i, token in decoder.items()]
+    added = {entry["content"]: with_flags(entry["id"], entry) for entry in entries}
+    called = called_special(files)
+    added |= {text: with_flags(vocab[text], entry) for text, entry in called.items() if text in vocab and text not in added}
+    for text in added.keys() & (called.keys() | MARKERS):
+        added[text] = added[text]._replace(special=True)
+        if text in MARKERS and added[text].single_word:
+            raise ValueError(f"{text} has single_word, so that beside a word it would be no marker; "
+                             "set single_word to false wherever the tokenizer files list it")
+    return added
+
+
+def with_flags(i: int, entry: dict) -> Added:
+    return Added(i, **{flag: bool(entry[flag]) for flag in FLAGS if flag in entry})
+
+
+def called_special(files) -> dict[str, dict]:
+    """Text -> entry of the tokens that files call special: by a name such as eos_token, or in a list of further ones."""
+    called = {}
+    for name in NAMING:
+        content = read_json(files, name)
+        tokens = [token for key, token in content.items() if key.endswith("_token")]  # add_bos_token is a bool
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens += content[key] if isinstance(content.get(key), list) else []
+        for token in tokens:
+            if isinstance(token, str):
+                called[token] = {}
+            elif isinstance(token, dict):
+                called[token["content"]] = token
+    return called
 
 
 def read_json(files, name) -> dict:
@@ -251,21 +333,22 @@ def to_bytes(token: str) -> bytes:
         return token.encode()  # a special token, which is spelt as it reads
 
 
-def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabulary:
+def from_bpe(pattern, vocab, merges, added, whole=False, nfc=False) -> Vocabulary:
     """The tokens that encoding can give are single bytes, then those the merges make, in the merges' order.
 
     With `whole` (tokenizer.json's ignore_merges) also the others, where one is all of a piece of text.
     """
     if not isinstance(vocab, dict) or any(len(token) > MOST_CHARACTERS for token in vocab):
         raise ValueError(f"the vocabulary is no object of tokens of up to {MOST_CHARACTERS} characters and their ids")
-    checked_ids([*vocab.values(), *special.values()])
+    checked_ids([*vocab.values(), *(token.id for token in added.values())])
+    special = {text for text, token in added.items() if token.special}  # no text makes these
     for merge in merges:
         if len(merge) != 2 or "".join(merge) not in vocab:
             raise ValueError(f"the merge {short(merge)} makes no token of the vocabulary; download the tokenizer files again")
     made = makeable(merges)
-    tokens = [token for token in BYTES if token in vocab] + sorted(made.keys() - special.keys(), key=made.get)
+    tokens = [token for token in BYTES if token in vocab] + sorted(made.keys() - special, key=made.get)
     if whole:
-        known = set(tokens) | special.keys()
+        known = set(tokens) | special
         others = [token for token in vocab if token not in known and BYTES.keys() >= set(token)]
         ranks = {token: rank for rank, token in enumerate(tokens + others)}
         for token in others:  # tiktoken does take a whole piece; it must not also merge to get there
@@ -273,13 +356,13 @@ def from_bpe(pattern, vocab, merges, special, whole=False, nfc=False) -> Vocabul
                 raise ValueError(f"no merge makes the token {token!r}, yet tiktoken would; it cannot be read exactly")
         tokens += others
     return Vocabulary(pattern, {i: to_bytes(token) for token, i in vocab.items()}, [vocab[token] for token in tokens],
-                      special, nfc)
+                      added, nfc)
 
 
 def checked_ids(ids):
     """`ids` themselves; ValueError unless each is one that a model's embedding could have a row for."""
     for i in ids:
-        if type(i) is not int or not 0 <= i < 1 << 31:
+        if type(i) is not int or not 0 <= i < ID_LIMIT:
             raise ValueError(f"the id {short(i)} is not a whole number from 0 up (and below 2^31)")
     return ids
 
