@@ -29,6 +29,7 @@ from data.tokenizer import (
     LLAMA3_SPECIAL,
     QWEN2_PATTERN,
     Tokenizer,
+    pattern_of,
     read_ranks,
     write_ranks,
 )
@@ -226,6 +227,108 @@ def test_any_list_of_merges_gives_the_librarys_ids(tmp_path, vocabulary, whole, 
         assert ours.encode(text) == reference_ids(reference, text), text
         assert ours.decode(ours.encode(text)) == text
     assert all(ours.decode([i]) == token for token, i in vocab.items() if i > 255)
+
+
+# ------------------------------------------------------------------ bytes that have no token
+
+NO_TOKEN = {  # which bytes a vocabulary has no token for
+    "SmolLM2's": b"\x04\x06\x13\x14\x16\x1d\xc0\xc1\xf1\xf2" + bytes(range(0xF5, 0x100)),
+    "of any kind": b"e'L3 \n!\xc2\xcc\xe3\x80\xa0",
+    "all but a few": bytes({*range(256)} - {*b"the quick\xc3"}),
+}
+DROPPED = ["q\x04u", "!\x04!", "\x06", "\x1d", "\x1c", "\U00040000", "\U000c0001", "_", "'\x04s",
+           "the\x04 fox", "1\x132"]
+lossy = st.lists(st.sampled_from(FRAGMENTS + DROPPED), max_size=12).map("".join)
+
+
+def without(reference, missing):
+    """The same tokenizer without ignore_merges and without the tokens that hold a missing byte."""
+    config = json.loads(reference.to_str())
+    letters = {letter for letter, byte in BYTES.items() if byte in missing}
+    kept = [token for token in config["model"]["vocab"] if not letters & set(token)]
+    vocab = {token: i for i, token in enumerate(kept)}
+    merges = [merge for merge in config["model"]["merges"] if not letters & set("".join(merge))]
+    config["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": False}
+    return tokenizers.Tokenizer.from_str(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def lacking(tmp_path_factory):
+    """(layout, name of the missing bytes) -> (ours, theirs)."""
+    made = {}
+    for layout in LAYOUTS:
+        full = train(layout, SMALL_TALK)
+        for name, missing in NO_TOKEN.items():
+            reference = without(full, missing)
+            directory = saved(reference, tmp_path_factory.mktemp("lacking"))
+            made[layout, name] = Tokenizer.load(directory), reference
+    return made
+
+
+@pytest.mark.parametrize("missing", NO_TOKEN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=30, deadline=None)
+@given(text=texts | lossy)
+@example(text="\x04".join(SMALL_TALK))
+@example(text="".join(FRAGMENTS[:-4] + DROPPED) * 3)
+def test_bytes_without_a_token_are_dropped_as_in_the_library(lacking, layout, missing, text):
+    ours, reference = lacking[layout, missing]
+    assume("<|" not in text)
+    plain = unicodedata.normalize("NFC", text) if reference.normalizer else text
+    ids = ours.encode(text)
+    assert ids == reference_ids(reference, plain)
+    kept = plain.encode().translate(None, NO_TOKEN[missing])
+    assert ours.decode(ids) == kept.decode(errors="replace")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=200, deadline=None)
+@given(text=texts | lossy)
+@example(text="I'ſo 'LLo 'ſ 'Ko")
+@example(text="".join(FRAGMENTS + DROPPED) * 2)
+def test_the_pieces_are_those_of_the_library(layout, text):
+    pre_tokenizer = LAYOUTS[layout][0]
+    theirs = [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
+    pattern = pattern_of(json.loads(pre_tokenizer.__getstate__()))
+    assert data.tokenizer.split(pattern, text) == theirs
+
+
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(vocabularies(), st.lists(st.text("abcd", min_size=1, max_size=9), min_size=5, max_size=5))
+@example((BYTES | {"ab": 256}, [("a", "b")]), ["acb", "accb", "ac b", "c", "abc"])
+def test_the_neighbours_of_a_missing_byte_merge(tmp_path, vocabulary, texts):
+    vocab, merges = vocabulary
+    vocab = {token: i for token, i in vocab.items() if token not in ("c", "d")}
+    reference = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    reference.pre_tokenizer = byte_level(True)
+    reference.add_special_tokens(CHATML)
+    ours = Tokenizer.load(saved(reference, tmp_path))
+    for text in texts:
+        assert ours.encode(text) == reference_ids(reference, text), text
+
+
+def test_half_a_surrogate_pair_reads_the_same_with_and_without_missing_bytes(pairs, lacking):
+    for ours in (pairs["gpt2"][0], lacking["gpt2", "SmolLM2's"][0]):
+        assert ours.decode(ours.encode("a\ud83db \ud83d\ude00")) == "a\ufffdb \U0001f600"
+
+
+def test_missing_bytes_all_over_a_long_text_take_no_longer_than_its_length_asks(lacking):
+    ours, reference = lacking["digits", "SmolLM2's"]
+    text = "\x04 fox\x06's 12!" * 30_000  # takes half a second
+    start = time.process_time()
+    ids = ours.encode(text)
+    assert time.process_time() - start < 5
+    assert len(ids) > 100_000 and ids[:1000] == reference_ids(reference, text[:10_000])[:1000]
+
+
+def test_vocab_json_of_a_vocabulary_with_missing_bytes(lacking, tmp_path):
+    ours, reference = lacking["gpt2", "SmolLM2's"]
+    reference.model.save(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ours.special))
+    loaded = Tokenizer.load(tmp_path)
+    for text in DROPPED:
+        assert loaded.encode(text) == reference_ids(reference, text)
 
 
 def test_a_special_token_that_merges_make_is_not_made_of_text(tmp_path):
@@ -755,8 +858,10 @@ def put(name, content):
     (put("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3, "merges": 4}}'), "not laid out as expected"),
     (put("tokenizer.model", b"\x0a\x0e\x0a\x05<unk>\x15\x00"), "SentencePiece"),
     (put("tokenizer.model", b""), "tokenizer.model is not in tiktoken's format"),
-    (put("wordproblems.tiktoken", b"QQ== 0\n"), "no token for the byte 0x00"),
+    (put("wordproblems.tiktoken", b"QQ== 0\n"), "has no token for the byte 0x00; in tiktoken's"),
     (put("vocab.json", b"{}"), "no tokenizer there"),
+    (lambda *place: [put("vocab.json", b'{"a": 0}')(*place), put("merges.txt", b"")(*place)],
+     "vocab.json has no token Ġ"),
     (change(type="Unigram"), "holds a 'Unigram' model"),
     (change(byte_fallback=True), "asks for byte_fallback"),
     (change(end_of_word_suffix="</w>"), "asks for end_of_word_suffix"),
@@ -768,7 +873,9 @@ def put(name, content):
     (change(merges=[["a", "no such"]]), "merge .*no such"),
     (change(merges=["a b c"]), "merge .*'a', 'b', 'c'"),
     (change(added_tokens=[]), "no known chat family .*llama3.*chatml.*wordproblems"),
-    (change(vocab={"a": 0}, merges=[]), "no token for the byte 0x00"),
+    (change(vocab={"aa": 0}, merges=[]), "no token for any single byte"),
+    (change(vocab={"a": 0}, merges=[], ignore_merges=True), "ignore_merges but has no token"),
+    (change(vocab={"a": 0}, merges=[], unk_token="a"), "unk_token but has no token for .* 0x21"),
     (change(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "pattern that is not known"),

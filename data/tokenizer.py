@@ -3,6 +3,7 @@
 tiktoken splits and merges; this file tells it how, from whichever tokenizer files the directory holds:
 tokenizer.json, Llama 3's tokenizer.model, vocab.json with merges.txt, or the built-in wordproblems.tiktoken.
 All are byte-level BPE, so any text has ids and comes back from them; anything else is refused by name.
+Some vocabularies have no token for a few bytes (SmolLM2's for 21): text loses these bytes alone.
 
 The ids are those of the `tokenizers` library with encode_special_tokens, which keeps special tokens out of plain
 text. Three exceptions are known. Where a file asks for NFC: text in which one of 99 combining marks stands next to
@@ -15,7 +16,10 @@ The files may be a stranger's: no pattern is taken from them that is not known h
 
 import base64
 import json
+import re
+import string
 import unicodedata
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
@@ -44,11 +48,11 @@ class Tokenizer:
         self._nfc, self._ids = vocabulary.nfc, vocabulary.ranked
         self._before_nfc = Finder({text: token for text, token in self._added.items() if not token.normalized})
         self._after_nfc = Finder({self._normal(text): token for text, token in self._added.items() if token.normalized})
+        self._pattern = vocabulary.pattern
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
         self.vocab_size = max(self._pieces) + 1
         ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}
-        if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-            raise ValueError(f"the vocabulary has no token for the byte {absent[0]:#04x}; byte-level BPE has all 256")
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self._encoding = tiktoken.Encoding(
             self.family, pat_str=vocabulary.pattern, mergeable_ranks=ranks, special_tokens={})
 
@@ -95,8 +99,20 @@ class Tokenizer:
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def _merged(self, text: str) -> list[int]:
+        if self._missing:  # half a surrogate pair has no bytes; tiktoken, too, replaces it
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
-        return [self._ids[rank] for part in slices for rank in self._encoding.encode_ordinary(part)]
+        return [self._ids[rank] for part in slices for rank in self._merge(part)]
+
+    def _merge(self, text: str) -> list[int]:
+        """The ranks of text. Bytes without a token are dropped first; what they parted may merge."""
+        if not self._missing or text.encode() == text.encode().translate(None, self._missing):
+            return self._encoding.encode_ordinary(text)
+        ranks = []
+        for piece in split(self._pattern, text):
+            if known := piece.encode().translate(None, self._missing):
+                ranks += self._encoding._encode_single_piece(known)  # merges without splitting
+        return ranks
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids. Ids past the vocabulary (models pad their embedding with some) are no text."""
@@ -211,6 +227,9 @@ def read_vocabulary(files) -> Vocabulary:
 
 def from_ranks(files, name, pattern, special) -> Vocabulary:
     ranks = parse_ranks(files[name], name)
+    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{name} has no token for the byte {absent[0]:#04x}; "
+                         "in tiktoken's format all 256 bytes are needed")
     first = max(checked_ids(ranks.values())) + 1
     return Vocabulary(pattern, {i: token for token, i in ranks.items()}, sorted(ranks.values()),
                       {token: Added(first + i) for i, token in enumerate(special)})
@@ -224,6 +243,11 @@ def from_tokenizer_json(files) -> Vocabulary:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise ValueError(f"tokenizer.json asks for {option}, which byte-level BPE models do without")
+    absent = [byte for token, byte in BYTES.items() if token not in model["vocab"]]
+    for option in ("unk_token", "ignore_merges"):
+        if absent and model.get(option):
+            raise ValueError(f"tokenizer.json asks for {option} but has no token for the byte "
+                             f"{absent[0]:#04x}; with {option} all 256 bytes are needed")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     added = added_tokens(files, config.get("added_tokens") or [], model["vocab"])
     return from_bpe(pattern_of(config.get("pre_tokenizer")), model["vocab"], merges, added,
@@ -262,6 +286,9 @@ def pattern_of(pre_tokenizer) -> str:
 
 def from_vocab_and_merges(files) -> Vocabulary:
     vocab, config = read_json(files, "vocab.json"), read_json(files, "tokenizer_config.json")
+    if "Ġ" not in vocab:  # GPT-2's spelling of the space: nothing else there says "byte-level"
+        raise ValueError("vocab.json has no token Ġ, which is the space in byte-level BPE; "
+                         "only byte-level BPE can be read")
     lines = files["merges.txt"].decode(errors="replace").split("\n")
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     added = added_tokens(files, [], vocab)
@@ -318,6 +345,38 @@ def read_json(files, name) -> dict:
     return value
 
 
+# The pieces of a text. tiktoken keeps them to itself, and text with missing bytes needs them.
+
+def split(pattern, text) -> list[str]:
+    """The pieces that tiktoken splits text into, by one of the patterns for a tokenizer.json.
+
+    Python's `re` has no \\p{L} and \\p{N}. So it splits a copy of the text, in which one character
+    stands for all letters, one for all numbers, one for all spaces, and one for everything else.
+    Those that a pattern names stand for themselves.
+    """
+    characters = "".join(set(text))
+    copied = dict.fromkeys(characters, "!")
+    for kind, stand_in in ((r"\p{L}", "é"), (r"\p{N}", "#"), (r"\s", "\t")):
+        copied |= dict.fromkeys(of_kind(kind, characters), stand_in)
+    copied |= {named: named for named in string.ascii_letters + "' \r\n"}
+    copied["ſ"] = "ſ"  # a small s, too, where a pattern ignores case
+    copy = "".join(copied[character] for character in text)
+    pieces = re.finditer(pattern.replace(r"\p{L}", r"\w").replace(r"\p{N}", "#"), copy)
+    return [text[piece.start():piece.end()] for piece in pieces]
+
+
+def of_kind(kind, characters) -> str:
+    """The characters of a class such as \\p{L}. tiktoken leaves out what no pattern matches."""
+    return bytes(bytes_of(kind).encode_ordinary(characters)).decode()
+
+
+@cache
+def bytes_of(pattern) -> tiktoken.Encoding:
+    """Encodes text as the bytes of what the pattern matches."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
 # From a list of merges to tiktoken's ranks. Here a token is a str with one character per byte (GPT-2's BYTES).
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # these stand for themselves
@@ -345,6 +404,9 @@ def from_bpe(pattern, vocab, merges, added, whole=False, nfc=False) -> Vocabular
     for merge in merges:
         if len(merge) != 2 or "".join(merge) not in vocab:
             raise ValueError(f"the merge {short(merge)} makes no token of the vocabulary; download the tokenizer files again")
+    if not BYTES.keys() & vocab.keys():
+        raise ValueError("the vocabulary has no token for any single byte; "
+                         "only byte-level BPE can be read")
     made = makeable(merges)
     tokens = [token for token in BYTES if token in vocab] + sorted(made.keys() - special, key=made.get)
     if whole:
