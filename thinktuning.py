@@ -160,7 +160,7 @@ def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem], config: Config,
                     generator: torch.Generator) -> list[Rollout]:
-    """Step 1: G responses to each question, temperature 1, with log π_old of what was sampled."""
+    """Step 1: G responses to each question, with log π_old of what was sampled."""
     prompts = [student_prompt(tokenizer, p.question) for p in batch]
     responses, logprobs = generate(student, prompts, max_tokens=config.max_tokens, stop=tokenizer.stop, samples=config.samples,
                                    temperature=config.temperature, generator=generator, rows=config.rows, logprobs=True)
@@ -190,14 +190,15 @@ def rate(rollouts: list[Rollout], config: Config, fraction: float, bonus: Callab
 def learn(student: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config, published: frozenset[str],
           reference: LM | None, world: World = World()) -> dict[str, float]:
     """Step 8: snapshot log π_old of every token, then the mini-batches; returns their mean metrics."""
-    snapshot(student, rollouts, config.micro_batch, world)
+    snapshot(student, rollouts, config.micro_batch, world, config.temperature)
     size = config.mini_batch * config.samples
     results = []
     for _ in range(config.epochs):
         for start in range(0, len(rollouts), size):
             results.append(update(
                 student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
-                world=world, guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
+                world=world, temperature=config.temperature,
+                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
                 max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
                 shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
                 gamma_max=config.gamma_max, published="gamma" in published,
