@@ -81,6 +81,8 @@ def test_the_kl_terms_reference_is_the_teachers_model_where_that_is_the_initial_
         alone = thinktuning.initial_policy(student, other)
         assert alone is not student and torch.equal(weights(alone), weights(student))
         assert not any(p.requires_grad for p in alone.parameters())
+    elsewhere = thinktuning.make_teacher(tiny(rope_theta=1e6)[0], tokenizer, tiny_config())  # the same weights
+    assert thinktuning.initial_policy(student, elsewhere) is not elsewhere.model
     with torch.no_grad():
         student.norm.weight[0] += 1e-6
     assert thinktuning.initial_policy(student, teacher) is not teacher.model

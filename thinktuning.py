@@ -84,7 +84,7 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
                 fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
             asked: list[Asked] = []
             if teacher is not None and fraction > 0:
-                asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
+                asked = teacher.guide(rollouts, tokenizer, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
             rewards = rate(rollouts, config, fraction, bonus)  # 6-7
             metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
@@ -112,8 +112,8 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is: the teacher's model itself where that has the same weights."""
-    if teacher is not None:
+    """A frozen copy of the student as it is: the teacher's model itself where that is the same function of ids."""
+    if teacher is not None and student.config == teacher.model.config:
         ours, theirs = student.state_dict(), teacher.model.state_dict()
         alike = (x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items())
         if ours.keys() == theirs.keys() and all(alike):
