@@ -257,7 +257,8 @@ def parser() -> argparse.ArgumentParser:
     t = commands.add_parser("train", parents=[common], help="train a model directory on problems")
     t.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file of questions and answers")
     t.add_argument("--eval-data", help="problems to evaluate on, likewise")
-    t.add_argument("--teacher", help="another model directory for the teacher (the student's initial weights)")
+    t.add_argument("--teacher", help="another model directory for the teacher, of any family "
+                   "(the student's initial weights)")
     t.add_argument("--out", help="run directory (out/METHOD-SEED)")
     t.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint, if there is one")
     t.add_argument("--verbose", action="store_true", help="say how many decoding steps were recorded")

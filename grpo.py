@@ -142,12 +142,14 @@ def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mas
 
 
 def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entropy: bool = False,
-                   head_grad: Tensor | None = None) -> Any:
-    """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32.
+                   head_grad: Tensor | None = None, temperature: float = 1.0) -> Any:
+    """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32, of the policy softmax(z / temperature).
 
     With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
     returns each position's entropy (B, T-1), without gradient. The logits never exist as a whole: HeadLogprobs.
     """
+    if not temperature > 0:
+        raise ValueError(f"log-probabilities to train on need a temperature above 0, not {temperature}")
     shape = tokens[:, 1:].shape
     at = torch.arange(shape.numel(), device=tokens.device) if where is None else where.flatten().nonzero().squeeze(1)
 
@@ -155,24 +157,27 @@ def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entro
         return values.new_zeros(shape.numel()).index_copy(0, at, values).view(shape)
 
     size = min(slice_size(len(at), tokens.device), model.config.vocab_size)
-    chosen, spread = logprobs_at(model, tokens, at, size, head_grad)
+    chosen, spread = logprobs_at(model, tokens, at, size, head_grad, temperature)
     return (placed(chosen), placed(spread)) if entropy else placed(chosen)
 
 
-def logprobs_at(model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+def logprobs_at(model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None,
+                temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log p of the next token and the entropy at the positions `at` (N,) of the flattened (B, T-1): (N,) each.
 
     This much a compiler takes as one graph forward and one backward, a handful of them for all B, T and N.
     """
     states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(states[at], model.head.weight, targets[at], size, head_grad)  # type: ignore[no-untyped-call]
+    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(  # type: ignore[no-untyped-call]
+        states[at], model.head.weight, targets[at], size, head_grad, temperature)
     return both
 
 
 class HeadLogprobs(torch.autograd.Function):
     """states (N, D), head weight (V, D), targets (N,) -> log p(target) and entropy (N,), `size` rows of the head at a time.
 
-    Each slice's logits are used and forgotten; the backward pass computes them again from the saved log-normaliser.
+    p = softmax(z / temperature), z the logits. Those of a slice are used and forgotten; the backward pass computes them
+    again, and p from the saved log-normaliser.
     Slices of the vocabulary rather than of positions: the weights and their gradient, by far the larger side, are then
     read and written once. `head_grad` is a buffer (what an optimizer reads as the weight's gradient) to add the head's
     gradient to, in place: a tied embedding would otherwise wait for it, as large as itself, until the end of the backward pass.
@@ -180,12 +185,12 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, size: int,
-                head_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.size = size
+                head_grad: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        ctx.size, ctx.temperature = size, temperature
         log_z = torch.full(targets.shape, -1e30, device=states.device)  # of the slices so far
         mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)  # mean: of log p, so minus the entropy
         for start, rows in slices(weight, ctx.size):
-            logits = (states @ rows.T).float()
+            logits = scaled_logits(states, rows, temperature)
             before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
             at, inside = place(targets, start, len(rows))
             chosen = torch.where(inside, logits.gather(-1, at).squeeze(-1), chosen)
@@ -198,19 +203,27 @@ class HeadLogprobs(torch.autograd.Function):
         return chosen - log_z, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         states, weight, targets, log_z = ctx.saved_tensors
         states_grad = torch.zeros_like(states, dtype=torch.float32)
         weight_grad = torch.zeros_like(weight) if ctx.head_grad is None else ctx.head_grad
+        grad = grad / ctx.temperature  # of z / temperature by z
         for start, rows in slices(weight, ctx.size):
-            # d log p(target) / d logits = one-hot - softmax
-            logits_grad = (states @ rows.T).float().sub_(log_z[:, None]).exp_().mul_(-grad[:, None])
+            # d log p(target) / dz = (one-hot - p) / temperature
+            log_p = scaled_logits(states, rows, ctx.temperature).sub_(log_z[:, None])
+            logits_grad = log_p.exp_().mul_(-grad[:, None])
             at, inside = place(targets, start, len(rows))
             logits_grad = logits_grad.scatter_add_(-1, at, (grad * inside)[:, None]).to(weight.dtype)
             states_grad += logits_grad @ rows
             here = weight_grad[start : start + len(rows)]
             here.addmm_(logits_grad.T, states) if here.dtype == states.dtype else here.add_(logits_grad.T @ states)
-        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None, None
+        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None, None, None
+
+
+def scaled_logits(states: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """z / temperature for some rows of the head: (N, D), (R, D) -> (N, R) float32."""
+    logits = (states @ rows.T).float()
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def slice_size(positions: int, device: torch.device | str) -> int:
@@ -309,14 +322,15 @@ def gradient_buffer(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def snapshot(model: LM, rollouts: list[Rollout], micro_batch: int = 16384, world: World = World()) -> None:
+def snapshot(model: LM, rollouts: list[Rollout], micro_batch: int = 16384, world: World = World(),
+             temperature: float = 1.0) -> None:
     """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
     if not (waiting := [r for r in rollouts if r.old_logprobs is None]):
         return
     model = world.whole(model)
     for batch in micro_batches(world.share(waiting), micro_batch):
         tokens, mask, *_ = collate(batch, device=model.device)
-        logprobs = token_logprobs(model, tokens, mask)
+        logprobs = token_logprobs(model, tokens, mask, temperature=temperature)
         for r, row, m in zip(batch, logprobs, mask):
             r.old_logprobs = row[m].tolist()
     for r, known in zip(waiting, world.gather([r.old_logprobs for r in world.share(waiting)])):
@@ -325,15 +339,17 @@ def snapshot(model: LM, rollouts: list[Rollout], micro_batch: int = 16384, world
 
 def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], *, micro_batch: int = 16384,
            guided_tokens: str = "guidance", max_grad_norm: float = 1.0, reference: LM | None = None,
-           published_dual_clip: bool = False, world: World = World(), **loss_options: Any) -> dict[str, float]:
+           published_dual_clip: bool = False, world: World = World(), temperature: float = 1.0,
+           **loss_options: Any) -> dict[str, float]:
     """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
 
     The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
     a KL term they are not computed, but their tokens count in the mean loss. A gradient that is not finite is not
     applied; metrics["skipped"] is then 1. `published_dual_clip` leaves the dual clip out where no rollout is guided.
+    π_θ, π_old, the reference and the entropy are all of softmax(z / temperature), the policy that was sampled.
     All processes of `world` give the same rollouts, and each computes its share of the gradient.
     """
-    snapshot(model, rollouts, micro_batch, world)
+    snapshot(model, rollouts, micro_batch, world, temperature)
     for r in rollouts:
         if (known := len(r.old_logprobs or ())) != len(r.response):
             raise ValueError(f"a rollout has {len(r.response)} tokens and {known} log-probabilities of the old policy")
@@ -350,10 +366,11 @@ def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout],
     for i in range(max(world.gather([len(batches)]))):
         idle = i >= len(batches)  # the others have more to do, and every pass is made together
         tokens, mask, guided, old, advantages = collate(active[:1] if idle else batches[i], guided_tokens, model.device)
-        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True, head_grad=head_grad)
+        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True, head_grad=head_grad,
+                                           temperature=temperature)
         if reference is not None:
             with torch.no_grad():
-                loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask)
+                loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask, temperature=temperature)
         losses, measured = token_losses(logprobs, old, advantages, mask, guided, **loss_options)
         (losses.sum() / total * (0 if idle else world.size)).backward()  # FSDP takes the mean over the processes
         if not idle:

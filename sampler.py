@@ -37,8 +37,9 @@ def generate(model: LM, prompts: list[list[int]], *, max_tokens: int, stop: Iter
     A finished response ends with its stop token; one without was cut at max_tokens. temperature 0 is greedy.
     At most `rows` responses (default: all) are sampled side by side; where one ends, a waiting one takes its place.
     `prefix` is a one-row cache of tokens that stand before every prompt. With logprobs=True also returns the
-    model's own log-probabilities (temperature 1, no top-p) of the sampled tokens. `on_step(responses, tokens)` sees
-    every step. Raises ValueError on an empty prompt or one that does not fit the context with max_tokens.
+    log-probabilities of the sampled tokens at this temperature, before top_p; greedy ones get those of temperature 1.
+    `on_step(responses, tokens)` sees every step. Raises ValueError on an empty prompt or one that does not fit the
+    context with max_tokens.
     """
     if not prompts:
         return ([], []) if logprobs else []
@@ -333,16 +334,21 @@ def attend_to_both(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: 
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,)."""
+    """Draw one token a row by inverting the cumulative distribution: (B, V), (B,) in (0, 1] -> ids, log-probs (B,).
+
+    The log-probs are log softmax(z / temperature), before top_p. At temperature 0, where the likeliest token is taken,
+    they are those of temperature 1, because log 1 = 0 for every token would tell nothing.
+    """
     logits = logits.float().contiguous()
+    if temperature not in (0, 1):
+        # The largest becomes 0 first, so that however small the temperature is, nothing overflows to +inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()  # the softmax, but for its denominator
     log_z = top + weights.sum(-1, keepdim=True).log()
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        if temperature != 1:
-            weights = ((logits - top) / temperature).exp_()
         if top_p < 1:
             ranked, order = weights.sort(-1, descending=True)
             beyond = ranked.cumsum(-1) - ranked >= top_p * weights.sum(-1, keepdim=True)  # the token that crosses top_p stays

@@ -2,6 +2,7 @@
 
 The teacher is any language model of the student's size, usually the student's own initial weights, frozen. It reads
 the question and the student's attempt, never the gold answer, and its words take their chances in the same reward.
+Student and teacher exchange text, never ids: their tokenizers may differ.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Teacher:
     `style` "exemplars" puts the system message and four worked exemplars before each request; "tag" is the request
     alone, for the tiny model, which has read the format in pretraining. The exemplars are the same for every request
     and the weights never change, so their keys and values are computed once. The model given is frozen in place.
+    `tokenizer` is the teacher's own: it makes the prompts and reads the replies, and the student's ids never meet it.
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, max_tokens: int = 1024, max_prompt: int = 3072, instruction: str = "",
@@ -146,16 +148,19 @@ class Teacher:
             return None
         return parse_feedback(self.tokenizer.decode(ids[:-1]))
 
-    def guide(self, rollouts: list[Rollout], group_size: int, fraction: float, rng: random.Random, max_tokens: int,
-              world: World = World()) -> list[Asked]:
-        """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about."""
+    def guide(self, rollouts: list[Rollout], student: Tokenizer, group_size: int, fraction: float, rng: random.Random,
+              max_tokens: int, world: World = World()) -> list[Asked]:
+        """Augment the chosen rollouts in place; returns [(index, feedback or None, the attempt)] of those asked about.
+
+        `student`: the tokenizer of the rollouts, which decodes the attempts and encodes the guidance.
+        """
         chosen = choose([r.finished for r in rollouts], group_size, fraction, rng)
-        attempts = [self.tokenizer.decode(rollouts[i].response[:-1]) for i in chosen]
+        attempts = [student.decode(rollouts[i].response[:-1]) for i in chosen]
         questions = [rollouts[i].question for i in chosen]
         replies = world.gather(self.feedback(world.share(questions), world.share(attempts)))
         for i, feedback in zip(chosen, replies):
             if feedback is not None:
-                augment(rollouts[i], feedback, self.tokenizer, max_tokens, self.published)
+                augment(rollouts[i], feedback, student, max_tokens, self.published)
         return list(zip(chosen, replies, attempts))
 
 
@@ -163,14 +168,18 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
             published: frozenset[str] = frozenset()) -> bool:
     """o_i without its end token ⊕ "\\n\\n" + reason + "\\n\\n" + phrase + end token, in place of o_i. METHOD step 5.
 
-    The student's own ids are kept. Longer than max_tokens: nothing changes and False comes back (the published code
-    cuts it off there, and with the end token goes the reward).
+    `tokenizer` is the student's. Its own ids are kept; the text is what all ids spell, because the reward must read
+    what is trained. Longer than max_tokens: nothing changes and False comes back (the published code cuts it off
+    there, and with the end token goes the reward). Likewise if the guidance holds a stop token, which some models
+    have in their ordinary vocabulary: the response would end there.
     """
     attempt, end = rollout.response[:-1], rollout.response[-1:]
-    guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
+    guidance = tokenizer.encode(f"\n\n{feedback.reason}\n\n{feedback.phrase}")
+    if not tokenizer.stop.isdisjoint(guidance):
+        return False
     if "reencode" in published:  # ids rebuilt from text are not always the ids that were sampled
         attempt = tokenizer.encode(tokenizer.decode(attempt))
-    augmented = attempt + tokenizer.encode(guidance) + end
+    augmented = attempt + guidance + end
     if len(augmented) > max_tokens:
         if "cut" not in published:
             return False

@@ -380,19 +380,20 @@ def ragged_rollouts(model, seed=0, n=6):
     return rollouts
 
 
-def reference_logprobs(model, tokens):
+def reference_logprobs(model, tokens, temperature=1.0):
     """All log p(· | the tokens so far), by a pass over each row alone: [row][t][v]."""
     rows = []
     for row in tokens.tolist():
-        logits = model(torch.tensor([row[:-1]]))[0].tolist()
+        logits = (model(torch.tensor([row[:-1]]))[0].double() / temperature).tolist()
         rows.append([[z - math.log(sum(map(math.exp, at))) for z in at] for at in logits])
     return rows
 
 
-def test_token_logprobs_are_the_log_softmax_of_the_full_logits():
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.3))
+def test_token_logprobs_are_the_log_softmax_of_the_full_logits(temperature):
     model, tokens = tiny_model(), torch.randint(11, (3, 7))
-    expected = reference_logprobs(model, tokens)
-    logprobs, entropy = token_logprobs(model, tokens, entropy=True)
+    expected = reference_logprobs(model, tokens, temperature)
+    logprobs, entropy = token_logprobs(model, tokens, entropy=True, temperature=temperature)
     assert logprobs.shape == entropy.shape == (3, 6) and logprobs.dtype == torch.float32
     for i in range(3):
         for t in range(6):
@@ -410,24 +411,34 @@ def test_only_the_asked_positions_get_logprobs():
     assert (logprobs[~where] == 0).all()
 
 
-def full_logits_logprobs(states, weight, targets):
-    logits = states @ weight.T
+@pytest.mark.parametrize("temperature", (0.0, -1.0, math.nan))
+def test_no_logprobs_to_train_on_without_a_temperature_above_0(temperature):
+    with pytest.raises(ValueError, match="temperature above 0"):
+        token_logprobs(tiny_model(), torch.randint(11, (2, 3)), temperature=temperature)
+
+
+def full_logits_logprobs(states, weight, targets, temperature):
+    logits = states @ weight.T / temperature
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), torch.distributions.Categorical(logits=logits).entropy()
 
 
 @pytest.mark.parametrize("vocabulary", (11, 512, 1300))  # less than one slice, exactly one, three of which the last is short
 @pytest.mark.parametrize("size", (0.1, 1.0, 30.0))  # logits all alike, ordinary, hundreds apart
-def test_the_sliced_head_is_the_full_one_in_value_and_gradient(vocabulary, size):
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.3))
+def test_the_sliced_head_is_the_full_one_in_value_and_gradient(vocabulary, size, temperature):
     states, weight = torch.randn(300, 16) * size, torch.randn(vocabulary, 16)
     targets, upstream = torch.randint(vocabulary, (300,)), torch.randn(300) / 300
     targets[:3] = torch.tensor([0, vocabulary - 1, min(512, vocabulary - 1)])
     outcomes = []
-    for function, dtype in ((full_logits_logprobs, torch.float64), (lambda *given: HeadLogprobs.apply(*given, 512, None), torch.float32)):
+    for sliced, dtype in ((False, torch.float64), (True, torch.float32)):
         leaves = [x.to(dtype).requires_grad_() for x in (states, weight)]
-        logprobs, entropy = function(*leaves, targets)
+        if sliced:
+            logprobs, entropy = HeadLogprobs.apply(*leaves, targets, 512, None, temperature)
+        else:
+            logprobs, entropy = full_logits_logprobs(*leaves, targets, temperature)
         outcomes.append((logprobs, entropy, *torch.autograd.grad((logprobs * upstream).sum(), leaves)))
     for expected, found in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5 * max(1.0, size))
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5 * max(1.0, size / temperature))
 
 
 def test_the_heads_gradient_may_be_added_to_a_buffer_instead():
@@ -538,12 +549,13 @@ def applied_gradient(model, rollouts, **options):
     return [old - new.detach() for old, new in zip(before, model.parameters())], metrics
 
 
-def reference_gradient(model, rollouts, guided_tokens="guidance"):
+def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.0):
     """Each rollout by itself; token losses by the reference; the mean over all response tokens."""
     model = copy.deepcopy(model)
     total = sum(len(r.response) for r in rollouts)
     for r in rollouts:
-        ids, logp = r.prompt + r.response, model(torch.tensor([r.prompt + r.response]))[0].log_softmax(-1)
+        ids = r.prompt + r.response
+        logp = (model(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
         for t in range(len(r.response)):
             at = len(r.prompt) + t
             here = logp[at - 1, ids[at]]
@@ -561,23 +573,102 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("guided_tokens", ("guidance", "trajectory"))
-@pytest.mark.parametrize("micro_batch", (1, 30, 10**6))
-def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(micro_batch, guided_tokens, tied):
+@pytest.mark.parametrize("micro_batch, temperature", ((1, 1.0), (30, 1.0), (10**6, 1.0), (30, 0.7)))
+def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(micro_batch, temperature, guided_tokens,
+                                                                                     tied):
     model = tiny_model(tie_embeddings=tied)
     rollouts = ragged_rollouts(model)
-    found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, guided_tokens=guided_tokens)
-    assert_same(found, reference_gradient(model, rollouts, guided_tokens))
+    options = dict(guided_tokens=guided_tokens, temperature=temperature)
+    found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, **options)
+    assert_same(found, reference_gradient(model, rollouts, **options))
 
 
-def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(monkeypatch):
+# The policy that is trained is the one that was sampled: softmax(z / T), here of a model with 8 tokens, two of which
+# make a response, so that all 64 responses can be enumerated. The loss of response o has its probability as a factor of
+# its advantage: summed over all responses, the update's gradient is then the exact expectation.
+
+ALL_PAIRS = [(a, b) for a in range(8) for b in range(8)]
+
+
+def eight_token_model(scale=3.0):
+    """Float64, so that what is left over is no rounding, with probabilities far from uniform."""
+    model = tiny_model(seed=1, vocab_size=8, dtype=torch.float64)
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+    return model
+
+
+def log_probability_of_each_pair(model, prompt, temperature):
+    """log π_T of the first and of the second token of each response, (64, 2), from full logits."""
+    tokens = torch.tensor([[*prompt, a, b] for a, b in ALL_PAIRS])
+    logp = (model(tokens[:, :-1]) / temperature).log_softmax(-1)
+    return logp.gather(-1, tokens[:, 1:, None]).squeeze(-1)[:, len(prompt) - 1 :]
+
+
+def expected_gradient_of_update(model, rollouts, temperature):
+    """What the update applies for rollouts whose advantages hold their probabilities, as a sum over tokens, uphill."""
+    change, metrics = applied_gradient(model, rollouts, temperature=temperature)
+    assert metrics["kl_old"] == 0  # the snapshot is the update's policy
+    tokens = sum(len(r.response) for r in rollouts)
+    return torch.cat([-g.flatten().double() for g in change]) * tokens
+
+
+@pytest.mark.parametrize("temperature", (0.5, 0.7, 1.0, 1.3))
+def test_the_updates_gradient_is_that_of_the_expected_reward_under_the_sampled_policy(temperature):
+    model, prompt = eight_token_model(), [3, 1, 4]
+    rewards = torch.tensor([float(a * 3 + b * 5 % 7 > 12) for a, b in ALL_PAIRS], dtype=torch.float64)
+    pi = log_probability_of_each_pair(model, prompt, temperature).sum(1).exp()
+    torch.testing.assert_close(pi.sum().item(), 1.0)
+    true = torch.autograd.grad((pi * rewards).sum(), list(model.parameters()))
+    true = torch.cat([g.flatten() for g in true])
+    rollouts = [Rollout(prompt, list(pair), True, advantage=a) for pair, a in zip(ALL_PAIRS, (pi * rewards).tolist())]
+    found = expected_gradient_of_update(model, rollouts, temperature)
+    assert torch.cosine_similarity(found, true, dim=0).item() == pytest.approx(1, abs=1e-6)
+    assert (found - true).norm() < 1e-5 * true.norm()
+
+
+@pytest.mark.parametrize("temperature", (0.5, 0.7, 1.0, 1.3))
+def test_tokens_that_cannot_matter_have_no_gradient(temperature):
+    model, prompt = eight_token_model(), [3, 1, 4]
+    pi = log_probability_of_each_pair(model, prompt, temperature).detach().sum(1).exp()
+    # The reward is for the first token alone, and the second, which is trained here, comes after it.
+    rollouts = [Rollout([*prompt, a], [b], True, advantage=p * (a > 3)) for (a, b), p in zip(ALL_PAIRS, pi.tolist())]
+    found = expected_gradient_of_update(model, rollouts, temperature)
+    assert found.norm() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", (0.5, 0.7, 1.0, 1.3))
+def test_the_sampler_and_the_update_mean_the_same_policy(temperature):
+    model = eight_token_model()
+    responses, logs = generate(model, [[3, 1, 4]], max_tokens=6, stop=(0,), samples=40, temperature=temperature,
+                               generator=torch.Generator().manual_seed(0), logprobs=True)
+    sampled = [Rollout([3, 1, 4], ids, True, advantage=1.0, old_logprobs=log) for ids, log in zip(responses, logs)]
+    computed = [Rollout([3, 1, 4], ids, True) for ids in responses]
+    snapshot(model, computed, temperature=temperature)
+    for a, b in zip(sampled, computed, strict=True):
+        assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-5)
+    assert applied_gradient(model, sampled, temperature=temperature)[1]["kl_old"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.3))
+def test_the_kl_terms_reference_has_the_same_temperature(temperature):
+    model = eight_token_model()
+    rollouts = [Rollout([3, 1, 4], list(pair), True) for pair in ALL_PAIRS]
+    _, metrics = applied_gradient(model, rollouts, temperature=temperature, kl_coef=1.0, reference=model)
+    assert metrics["grad_norm"] < 1e-6 and metrics["loss"] == 0  # π_θ is π_ref
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(temperature, monkeypatch):
     model = tiny_model(tie_embeddings=True)
     rollouts = ragged_rollouts(model, n=60)
     sizes = {collate(batch)[1].sum().item() for batch in micro_batches([r for r in rollouts if r.advantage], 40)}
     assert len(sizes) > 8  # as many graphs are torch's limit
-    expected, expected_metrics = applied_gradient(model, rollouts, micro_batch=40)
+    options = dict(micro_batch=40, temperature=temperature)
+    expected, expected_metrics = applied_gradient(model, rollouts, **options)
     compiled = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(grpo, "logprobs_at", torch.compile(grpo.logprobs_at, backend=compiled, fullgraph=True, dynamic=True))
-    found, metrics = applied_gradient(model, rollouts, micro_batch=40)
+    found, metrics = applied_gradient(model, rollouts, **options)
     assert 1 <= compiled.frame_count <= 4  # one row is a case of its own, and so is the first shape
     assert_same(found, expected)
     assert metrics == pytest.approx(expected_metrics, abs=1e-5)
@@ -690,7 +781,7 @@ def test_a_fresh_snapshot_makes_every_ratio_one():
     for r in rollouts:
         r.old_logprobs = None
     _, metrics = applied_gradient(model, rollouts)
-    assert metrics["kl_old"] == pytest.approx(0, abs=1e-9) and metrics["clip_fraction"] == 0
+    assert metrics["kl_old"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
 
 
 def test_a_kl_term_pulls_back_to_the_reference():

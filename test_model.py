@@ -431,14 +431,21 @@ def test_a_response_does_not_depend_on_its_neighbours(place):
     assert all(a == b and neighbours != n for b, n in others)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (1.5, 0.8)])
-def test_sampled_log_probs_are_the_models_own_whatever_the_temperature(temperature, top_p):
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.8), (1.5, 0.8)])
+def test_sampled_log_probs_are_those_of_the_sampled_policy_before_top_p_and_greedy_ones_the_models_own(temperature, top_p):
     prompts = prompts_of(3, 8)
     responses, logs = generate(MODEL, prompts, max_tokens=10, stop=STOP, samples=4, temperature=temperature, top_p=top_p,
                                generator=torch.Generator().manual_seed(0), logprobs=True)
     for prompt, response, log in zip([p for p in prompts for _ in range(4)], responses, logs, strict=True):
-        expected = uncached(prompt + response).log_softmax(-1)[len(prompt) - 1 : -1]  # (len(response), V)
-        assert_close(torch.tensor(log), expected[torch.arange(len(response)), response])
+        logits = uncached(prompt + response)[len(prompt) - 1 : -1].double()  # (len(response), V)
+        expected = (logits / (temperature or 1)).log_softmax(-1)
+        assert_close(torch.tensor(log), expected[torch.arange(len(response)), response].float())
+
+
+def test_a_temperature_next_to_0_is_greedy_and_overflows_nowhere():
+    logits, uniform = torch.randn(50, 9) * 30, 1 - torch.rand(50)
+    tokens, logprobs = sample(logits, uniform, 1e-38, 1.0)
+    assert torch.equal(tokens, logits.argmax(-1)) and (logprobs == 0).all()
 
 
 def test_every_step_is_seen_while_it_happens():

@@ -1,10 +1,13 @@
 """Tests of teacher.py: the schedule, the choice, the parser, augmenting, and a Teacher around tiny random models."""
 
+import copy
 import itertools
+import json
 import math
 import random
 import re
 import time
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +15,15 @@ import tokenizers
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import config
 import teacher as teacher_module
 import thinktuning
-from data import Problem
+from cli import main
+from data import Problem, load_problems
 from data.reward import final_answer, is_correct
-from data.tokenizer import LLAMA3_PATTERN, Tokenizer
+from data.tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer
 from grpo import Rollout, snapshot, token_logprobs
 from model import LM, ModelConfig, generate
 from teacher import EXEMPLARS, SYSTEM, Feedback, Teacher, augment, behaviour, choose, guidance_fraction, parse_feedback
@@ -27,6 +31,7 @@ from teacher import EXEMPLARS, SYSTEM, Feedback, Teacher, augment, behaviour, ch
 PROPERTY = settings(max_examples=200, deadline=None)
 SHAPES = ("constant", "linear", "cosine", "exp")
 LLAMA3_MARKERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+QWEN_MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 # ------------------------------------------------------------------ the schedule (METHOD section 5)
@@ -239,19 +244,31 @@ def tiny_model(tokenizer, context=4096):
     return model
 
 
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-    """A byte-level BPE in Llama 3's layout, trained on the exemplars."""
+def trained_bpe(directory, pattern, markers, texts, size, normalizer=None):
+    """A byte-level BPE in the layout of a family."""
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     bpe.decoder = decoders.ByteLevel()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+    if normalizer:
+        bpe.normalizer = normalizer
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator([SYSTEM, *map(" ".join, EXEMPLARS)], trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.add_special_tokens(LLAMA3_MARKERS)
-    directory = tmp_path_factory.mktemp("llama3")
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens(markers)
     bpe.save(str(directory / "tokenizer.json"))
     return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    return trained_bpe(tmp_path_factory.mktemp("llama3"), LLAMA3_PATTERN, LLAMA3_MARKERS, [SYSTEM, *map(" ".join, EXEMPLARS)], 700)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """With other merges than `llama3` and more of them: an id above 255 is another word there or none."""
+    texts = [SYSTEM.upper(), *(p.question for p in load_problems("wordproblems")[:200]), *map(" ".join, EXEMPLARS)]
+    return trained_bpe(tmp_path_factory.mktemp("qwen"), QWEN2_PATTERN, QWEN_MARKERS, texts, 900, normalizers.NFC())
 
 
 @pytest.fixture(params=("tag", "exemplars"))
@@ -342,7 +359,7 @@ def test_the_gold_answer_is_in_no_prompt(monkeypatch, tokenizer):
     teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4, published=frozenset(config.PUBLISHED))
     texts = full_prompts(monkeypatch, teacher)
     rollout = Rollout([1], tokenizer.encode("So 5.") + [min(tokenizer.stop)], True, question="What is it?", answer="98765")
-    teacher.guide([rollout] * 2, 2, 1.0, random.Random(0), 100)
+    teacher.guide([rollout] * 2, tokenizer, 2, 1.0, random.Random(0), 100)
     assert len(texts) == 2 and all("What is it?" in text and "So 5." in text and "98765" not in text for text in texts)
 
 
@@ -373,7 +390,7 @@ def test_guide_augments_the_chosen_whose_feedback_parses_and_tells_whom_it_asked
     rollouts = [Rollout([1], tokenizer.encode(f"So {i}.") + [end] * (i != 1), i != 1, question=f"Question {i}")
                 for i in range(6)]
     asked = scripted(monkeypatch, tokenizer, GOOD, "no tags", *[GOOD.replace("I see.", f"I saw {i}.") for i in (3, 4, 5)])
-    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, 3, 1.0, random.Random(0), 100)
+    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, tokenizer, 3, 1.0, random.Random(0), 100)
     assert [(i, attempt) for i, _, attempt in told] == [(i, f"So {i}.") for i in (0, 2, 3, 4, 5)]
     assert [f and f.reason for _, f, _ in told] == ["I see.", None, "I saw 3.", "I saw 4.", "I saw 5."]
     assert all(f"{i}" in prompt and f"So {i}." in prompt for prompt, i in zip(asked, (0, 2, 3, 4, 5)))
@@ -386,8 +403,112 @@ def test_guide_augments_the_chosen_whose_feedback_parses_and_tells_whom_it_asked
 def test_a_random_teacher_gives_no_feedback_and_changes_nothing(tokenizer):
     end = min(tokenizer.stop)
     rollouts = [Rollout([1], tokenizer.encode("So 5.") + [end], True, question="Why?") for _ in range(4)]
-    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, 2, 0.1, random.Random(0), 100)
+    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, tokenizer, 2, 0.1, random.Random(0), 100)
     assert [f for _, f, _ in told] == [None, None] and all(r.guided_from is None and len(r.response) < 9 for r in rollouts)
+
+
+# ------------------------------------------------------------------ a Qwen-shaped teacher of a Llama-shaped student
+
+
+def test_student_and_teacher_exchange_text_and_keep_their_ids_to_themselves(monkeypatch, llama3, qwen):
+    attempt, guidance = "The answer is \\boxed{3}.", "\n\nI see.\n\nSo \\boxed{4}."
+    end = llama3.special["<|eot_id|>"]
+    rollout = Rollout([1], [*llama3.encode(attempt), end], True, question="What is 2 + 2?", answer="4", text=attempt)
+    asked = scripted(monkeypatch, qwen, GOOD)
+    told = Teacher(tiny_model(qwen), qwen, max_tokens=4).guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
+    assert told == [(0, parse_feedback(GOOD), attempt)]
+    request = f"What is 2 + 2?\n\nResponse:\n{attempt}<|im_end|>\n<|im_start|>assistant\n"
+    assert asked == [request]  # behind the prefix that is computed once
+    assert rollout.response == [*llama3.encode(attempt), *llama3.encode(guidance), end]
+    assert llama3.decode(rollout.response[rollout.guided_from : -1]) == guidance
+    assert rollout.text == attempt + guidance and thinktuning.reward(rollout) == 1
+    assert qwen.decode(rollout.response) != llama3.decode(rollout.response)  # or nothing was tested
+
+
+def test_ids_that_spell_rubbish_earn_nothing_whatever_the_teachers_vocabulary_makes_of_them(monkeypatch, llama3, qwen):
+    ids = qwen.encode("The answer is \\boxed{4}.")
+    rubbish = llama3.decode(ids)
+    rollout = Rollout([1], [*ids, llama3.special["<|eot_id|>"]], True, answer="4", text=rubbish)
+    asked = scripted(monkeypatch, qwen, GOOD.replace("So \\boxed{4}.", "That holds."))
+    Teacher(tiny_model(qwen), qwen, max_tokens=4).guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
+    assert asked[0].endswith(f"{rubbish}<|im_end|>\n<|im_start|>assistant\n")
+    assert rollout.guided_from == len(ids) and rollout.text == rubbish + "\n\nI see.\n\nThat holds."
+    assert is_correct(qwen.decode(rollout.response), "4") and thinktuning.reward(rollout) == 0
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 699), max_size=8), st.text(min_size=1, max_size=8), st.booleans())
+@example([], "e\u0301 \ud7a3", True)  # Qwen's ids spell the composed letter
+@example([188, 110], "So 4.", False)  # single bytes above 127: no character
+def test_the_text_of_a_guided_rollout_is_what_its_ids_spell(llama3, qwen, attempt, words, normalised):
+    student = qwen if normalised else llama3
+    rollout = Rollout([1], [*attempt, min(student.stop)], True)
+    assert augment(rollout, Feedback("correct", words, "So 4."), student, 500)
+    assert rollout.response[: len(attempt)] == attempt and rollout.guided_from == len(attempt)
+    assert rollout.text == student.decode(rollout.response[:-1])
+    guidance = f"\n\n{words}\n\nSo 4."
+    guidance = unicodedata.normalize("NFC", guidance) if normalised else guidance
+    assert rollout.text == student.decode(attempt) + guidance
+
+
+def test_guidance_that_holds_a_stop_token_is_not_taken():
+    student = copy.copy(BUILTIN)
+    student.stop = {END, *BUILTIN.encode("Wait")}  # a model may name ordinary tokens as its ends
+    rollout = attempted("So 5.")
+    assert not augment(rollout, FEEDBACK, student, 500) and rollout == attempted("So 5.")
+    assert augment(rollout, FEEDBACK._replace(reason="No."), student, 500)
+
+
+@pytest.fixture
+def student_and_teacher(tmp_path, llama3, qwen):
+    """Two model directories. The student's turn ends with any byte above 127, so that it finishes although it is random."""
+    high = [llama3.encode(chr(c))[-1] for c in range(0x80, 0x100)]
+    directory = tmp_path / "tokenizer"
+    llama3.save(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(set(high))}))
+    student = Tokenizer.load(directory)
+    tiny_model(student).save(tmp_path / "llama3", student)
+    tiny_model(qwen).save(tmp_path / "qwen", qwen)
+    return student, str(tmp_path / "llama3"), str(tmp_path / "qwen")
+
+
+def test_training_with_a_teacher_of_another_family_end_to_end(student_and_teacher, tmp_path, monkeypatch, qwen):
+    student, model, teacher = student_and_teacher
+    data, out, seen = tmp_path / "problems.jsonl", tmp_path / "run", []
+    data.write_text("".join(json.dumps({"question": f"What is {i} + {4 - i}?", "answer": "4"}) + "\n" for i in range(4)))
+    asked = scripted(monkeypatch, qwen, *[GOOD] * 99)
+    learn = thinktuning.learn
+    monkeypatch.setattr(thinktuning, "learn", lambda model, optimizer, rollouts, *rest: (
+        seen.extend(rollouts), learn(model, optimizer, rollouts, *rest))[1])
+    flags = "--steps 2 --questions 2 --samples 4 --max-tokens 60 --mini-batch 2 --teacher-reply 200 --schedule constant " \
+            "--learning-rate 1e-3 --kl-coef 0.1 --device cpu"
+    assert main(["train", "--model", model, "--teacher", teacher, "--data", str(data), "--out", str(out), *flags.split()]) == 0
+
+    guidance, guided = "\n\nI see.\n\nSo \\boxed{4}.", [r for r in seen if r.guided_from is not None]
+    assert len(seen) == 16 and len(guided) == len(asked) == 4
+    assert qwen.vocab_size > student.vocab_size > max(token for r in seen for token in r.response)
+    for r in seen:
+        assert r.text == student.decode([t for t in r.response if t not in student.stop])
+        assert r.reward == (r.guided_from is not None)  # 4 is right, and no random response says it
+    for r, prompt in zip(guided, asked, strict=True):
+        attempt = student.decode(r.response[: r.guided_from])
+        assert student.decode(r.response[r.guided_from : -1]) == guidance
+        assert prompt.endswith(f"\n{unicodedata.normalize('NFC', attempt)}<|im_end|>\n<|im_start|>assistant\n")
+    shown = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
+    assert sum(line["guidance"].startswith(guidance) for line in shown) == 4
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["skipped"] == 0 and m["grad_norm"] > 0 and m["guided_reward"] == m["guided"] == 2 for m in metrics)
+    assert Tokenizer.load(out / "model").encode(guidance) == student.encode(guidance)
+
+
+def test_asking_a_teacher_of_another_family_shows_it_the_students_words(student_and_teacher, monkeypatch, capsys, qwen):
+    _, model, teacher = student_and_teacher
+    asked = scripted(monkeypatch, qwen, GOOD)
+    assert main(["ask", "--model", model, "--teacher-model", teacher, "--device", "cpu", "What is 2 + 2?"]) == 0
+    attempt, _, opinion = capsys.readouterr().out.rpartition("\n\nteacher's opinion: ")
+    assert opinion == "correct\nteacher's reason:  I see.\nteacher's phrase:  So \\boxed{4}.\n"
+    (prompt,) = asked
+    assert attempt and prompt.endswith(f"\n{unicodedata.normalize('NFC', attempt)}<|im_end|>\n<|im_start|>assistant\n")
 
 
 # ------------------------------------------------------------------ the exemplars (METHOD section 4)
@@ -420,7 +541,7 @@ def test_published_2_the_teacher_reads_the_instruction_twice(monkeypatch, llama3
         teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=thinktuning.INSTRUCTION, **options)
         texts = full_prompts(monkeypatch, teacher)
         rollout = Rollout([1], llama3.encode("So 5.") + [min(llama3.stop)], True, question="Why?")
-        teacher.guide([rollout], 1, 1.0, random.Random(0), 100)
+        teacher.guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
         return texts[0].count(thinktuning.INSTRUCTION)
 
     assert times(published={"instruction"}) == 2
@@ -462,7 +583,8 @@ def test_published_5_with_the_wall_clock_as_seed_no_two_runs_choose_alike(monkey
 
     def drawn(published):
         numbers = []
-        teacher = SimpleNamespace(guide=lambda rollouts, size, fraction, rng, limit, world: numbers.append(rng.random()) or [])
+        teacher = SimpleNamespace(guide=lambda rollouts, student, size, fraction, rng, limit, world:
+                                  numbers.append(rng.random()) or [])
         config = thinktuning.Config(steps=1, questions=1, samples=2, max_tokens=2, published=published)
         thinktuning.train(tiny_model(BUILTIN), BUILTIN, [Problem("Why?", "4")], config, teacher=teacher)
         return numbers

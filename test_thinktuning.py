@@ -82,9 +82,23 @@ def test_the_kl_terms_reference_is_the_teachers_model_where_that_is_the_initial_
         alone = thinktuning.initial_policy(student, other)
         assert alone is not student and torch.equal(weights(alone), weights(student))
         assert not any(p.requires_grad for p in alone.parameters())
+    elsewhere = thinktuning.make_teacher(tiny(rope_theta=1e6)[0], tokenizer, tiny_config())  # the same weights
+    assert thinktuning.initial_policy(student, elsewhere) is not elsewhere.model
     with torch.no_grad():
         student.norm.weight[0] += 1e-6
     assert thinktuning.initial_policy(student, teacher) is not teacher.model
+
+
+def test_a_step_trains_the_policy_that_it_sampled_at_any_temperature(monkeypatch):
+    student, tokenizer = finishing_student()
+    with torch.no_grad():
+        student.head.weight.mul_(20)  # far from uniform, where the temperature would not matter
+    config = tiny_config(steps=1, mini_batch=4, temperature=0.6, kl_coef=1.0, max_tokens=60)
+    teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
+    (metrics,) = train(student, tokenizer, [Problem("Why?", "7")], config, teacher=teacher)
+    assert metrics["guided"] > 0
+    assert metrics["kl_old"] == pytest.approx(0, abs=1e-6)  # π_old, sampled or from the snapshot, and π_θ
+    assert metrics["reward"] == 0 and metrics["grad_norm"] < 1e-4  # nothing but the KL term: π_θ and π_ref
 
 
 def scripted_teacher(tokenizer, phrase):

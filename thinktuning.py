@@ -84,7 +84,7 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
                 fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
             asked: list[Asked] = []
             if teacher is not None and fraction > 0:
-                asked = teacher.guide(rollouts, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
+                asked = teacher.guide(rollouts, tokenizer, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
             rewards = rate(rollouts, config, fraction, bonus)  # 6-7
             metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
                         "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
@@ -112,8 +112,8 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is: the teacher's model itself where that has the same weights."""
-    if teacher is not None:
+    """A frozen copy of the student as it is: the teacher's model itself where that is the same function of ids."""
+    if teacher is not None and student.config == teacher.model.config:
         ours, theirs = student.state_dict(), teacher.model.state_dict()
         alike = (x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items())
         if ours.keys() == theirs.keys() and all(alike):
@@ -160,7 +160,7 @@ def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem], config: Config,
                     generator: torch.Generator) -> list[Rollout]:
-    """Step 1: G responses to each question, temperature 1, with log π_old of what was sampled."""
+    """Step 1: G responses to each question, with log π_old of what was sampled."""
     prompts = [student_prompt(tokenizer, p.question) for p in batch]
     responses, logprobs = generate(student, prompts, max_tokens=config.max_tokens, stop=tokenizer.stop, samples=config.samples,
                                    temperature=config.temperature, generator=generator, rows=config.rows, logprobs=True)
@@ -190,14 +190,15 @@ def rate(rollouts: list[Rollout], config: Config, fraction: float, bonus: Callab
 def learn(student: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config, published: frozenset[str],
           reference: LM | None, world: World = World()) -> dict[str, float]:
     """Step 8: snapshot log π_old of every token, then the mini-batches; returns their mean metrics."""
-    snapshot(student, rollouts, config.micro_batch, world)
+    snapshot(student, rollouts, config.micro_batch, world, config.temperature)
     size = config.mini_batch * config.samples
     results = []
     for _ in range(config.epochs):
         for start in range(0, len(rollouts), size):
             results.append(update(
                 student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
-                world=world, guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
+                world=world, temperature=config.temperature,
+                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
                 max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
                 shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
                 gamma_max=config.gamma_max, published="gamma" in published,

@@ -8,7 +8,8 @@ gets you there is kept too), set the rest to 0, and let what is left sum to 1 ag
 The random number is given: u, uniform in (0, 1]. Invert the cumulative distribution: the token drawn is the first whose
 cumulative probability is at least u. Any order of the tokens will do, as long as you return ids of the vocabulary.
 
-Also return the token's log-probability under the model itself: temperature 1, nothing cut off. Training needs that one (π_old).
+Also return the token's log-probability at that temperature, before anything is cut off: log softmax(log p / temperature).
+Training needs that one (π_old).
 
 Fill the gap, then run this file: python exercises/3_top_p.py
 """

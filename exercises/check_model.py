@@ -135,7 +135,7 @@ def check_sample(solution):
     def nucleus(z, t, p):
         return cut((z / t).softmax(-1), p)
 
-    def variant(kept=nucleus, logprobs=lambda z, t, p: z.log_softmax(-1), ranks=False, rescaled=True):
+    def variant(kept=nucleus, logprobs=lambda z, t, p: (z / t).log_softmax(-1), ranks=False, rescaled=True):
         def draw(z, u, t, p):
             probs = kept(z, t, p)
             cdf = (probs.sort(-1, descending=True)[0] if ranks else probs).cumsum(-1)
@@ -148,15 +148,17 @@ def check_sample(solution):
         "drops the token that crosses top_p; it is the last one that stays":
             variant(lambda z, t, p: cut((z / t).softmax(-1), p, crossing=False)),
         "does not cut anything off: top_p makes no difference": variant(lambda z, t, p: (z / t).softmax(-1)),
-        "multiplies by the temperature; divide by it": variant(lambda z, t, p: nucleus(z, 1 / t, p)),
-        "takes no notice of the temperature": variant(lambda z, t, p: nucleus(z, 1, p)),
+        "multiplies by the temperature; divide by it":
+            variant(lambda z, t, p: nucleus(z, 1 / t, p), lambda z, t, p: (z * t).log_softmax(-1)),
+        "takes no notice of the temperature":
+            variant(lambda z, t, p: nucleus(z, 1, p), lambda z, t, p: z.log_softmax(-1)),
         "cuts before it applies the temperature; top-p is of the probabilities at that temperature":
             variant(lambda z, t, p: nucleus(z, 1, p) ** (1 / t)),
         "returns places in the sorted order; look up which id of the vocabulary stands there": variant(ranks=True),
         "draws wrongly after the cut: what is left must sum to 1 again (or scale u by its sum)": variant(rescaled=False),
-        "gives log-probabilities of what is left after the cut; π_old is the model's own, temperature 1 and nothing cut off":
+        "gives log-probabilities of what is left after the cut; π_old is the policy at that temperature, nothing cut off":
             variant(logprobs=lambda z, t, p: (nucleus(z, t, p) / nucleus(z, t, p).sum(-1, keepdim=True)).log()),
-        "gives log-probabilities at the sampling temperature; π_old is the model's own, temperature 1":
-            variant(logprobs=lambda z, t, p: (z / t).log_softmax(-1)),
+        "gives log-probabilities at temperature 1; π_old is the policy that was sampled, at that temperature":
+            variant(logprobs=lambda z, t, p: z.log_softmax(-1)),
         "gives probabilities where log-probabilities are asked for": variant(logprobs=lambda z, t, p: z.softmax(-1)),
     }, ["the shares of the tokens drawn", "the log-probabilities"], close=2.5 / GRID)

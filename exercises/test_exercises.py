@@ -105,7 +105,7 @@ def unscaled(q, k, v, keys, values):
     return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, scale=1.0), keys, values
 
 
-def top_p_of(warm=True, strict=False, own=True, ranks=False, rescale=True, random_numbers=None):
+def top_p_of(warm=True, strict=False, whole=True, told_warm=True, ranks=False, rescale=True, random_numbers=None):
     """A sampler a token at a time, with one thing wrong."""
     def sample(logits, uniform, temperature, top_p):
         tokens, logprobs = [], []
@@ -125,8 +125,10 @@ def top_p_of(warm=True, strict=False, own=True, ranks=False, rescale=True, rando
                     drawn = token
                     break
             tokens.append(drawn)
-            distribution = z.log_softmax(-1) if own else torch.tensor([weights[kept.index(i)] / sum(weights) if i in kept else 1
-                                                                       for i in range(len(z))]).log()
+            distribution = (z / temperature if told_warm else z).log_softmax(-1)
+            if not whole:
+                distribution = torch.tensor([weights[kept.index(i)] / sum(weights) if i in kept else 1
+                                             for i in range(len(z))]).log()
             logprobs.append(distribution[min(drawn, len(p) - 1)])
         return torch.tensor(tokens), torch.stack(logprobs)
     return sample
@@ -218,8 +220,9 @@ HANDED_IN = [
     ("attend", forgets_the_new_token, "the next token will not see this one"),
     ("attend", unscaled, "divided by √E"),
     ("sample", top_p_of(strict=True), "drops the token that crosses top_p"),
-    ("sample", top_p_of(warm=False), "takes no notice of the temperature"),
-    ("sample", top_p_of(own=False), "log-probabilities of what is left after the cut"),
+    ("sample", top_p_of(warm=False, told_warm=False), "takes no notice of the temperature"),
+    ("sample", top_p_of(whole=False), "log-probabilities of what is left after the cut"),
+    ("sample", top_p_of(told_warm=False), "log-probabilities at temperature 1"),
     ("sample", top_p_of(ranks=True), "places in the sorted order"),
     ("sample", top_p_of(rescale=False), "must sum to 1 again"),
     ("sample", top_p_of(random_numbers="own"), "take the randomness from `uniform`"),
