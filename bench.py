@@ -35,6 +35,7 @@ from data import load_problems
 from data.tokenizer import Tokenizer
 from grpo import HeadLogprobs, MasterAdamW, Rollout, logprobs_at, micro_batches, token_logprobs, update
 from model import LM, ModelConfig, generate, prefill
+from sampler import RECORDER
 from thinktuning import make_teacher, train
 
 
@@ -64,14 +65,14 @@ def main(argv=None) -> int:
         return 2
     torch.set_num_threads(args.threads)
     if args.peak:
-        print(peak_of_update(args.peak, args.shapes[0], args.device, args.dtype))
+        print(peak_of_update(args.peak, args.shapes[0], args.dtype))
         return 0
     bench = Bench(args)
     print(f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
           f"{bench.bandwidth / 1e9:.1f} GB/s, {bench.rate / 1e9:,.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
     print(f"{'shape':<8}{'part':<10}{'what':<50}{'median':>9}   {'spread':<19}")
     for name in args.shapes:
-        bench.model = LM(ModelConfig(**SHAPES[name])).to(args.device, getattr(torch, args.dtype))
+        bench.model = model_of(name, args.device, getattr(torch, args.dtype))
         for part in args.parts:
             getattr(bench, part)(name)
     if args.startup:
@@ -169,7 +170,8 @@ class Bench:
             repeated = [p for p in prompts for _ in range(SAMPLES)]
             rivals = {"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options)}
             if gpu:
-                rivals["ours, not recorded"] = mock.patch.object(LM, "compiled", False)(rivals["ours"])
+                rivals = {"compiled": rivals["ours"], "eager": mock.patch.object(LM, "compiled", False)(rivals["ours"])}
+                traces, count_before, first = RECORDER.traces, RECORDER.count, timed(rivals["compiled"])
             else:
                 rivals["the prompt once a sample"] = lambda: generate(self.model, repeated, **options)
             floor = self.rollout_floor(count, rows)
@@ -179,15 +181,26 @@ class Bench:
                 self.report(shape, "rollouts", f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
                             f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed", tokens_per_second=speed, floor_s=floor,
                             share_of_floor=share)
+            if gpu:
+                more = first - statistics.median(self.results[-2]["seconds"])
+                self.note(shape, "rollouts", f"the first call took {more:.2f}s longer: {RECORDER.traces - traces} steps traced; "
+                          f"{RECORDER.count - count_before} recordings in {self.repeats + 2} calls", first_s=first)
+        if gpu:
+            self.kernels(shape, lambda: generate(self.model, self.prompts(1), samples=SAMPLES, **options))
+            return
         steps = range(0, LENGTH, LENGTH // 4)  # without a cache every step costs more than the last: four of them stand for all
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
         self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
-        if gpu:
-            with torch.profiler.profile() as profile:
-                generate(self.model, prompts, samples=SAMPLES, **options)
-            names = {event.key for event in profile.key_averages() if "triton" in event.key.lower()}
-            self.note(shape, "rollouts", f"kernels of Triton's that ran: {', '.join(names) or 'none'}", kernels=sorted(names))
+
+    def kernels(self, shape, function):
+        """The names of the kernels that a function runs."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function()
+            torch.cuda.synchronize()
+        names = sorted({event.key for event in profile.key_averages()})
+        triton = [name for name in names if "triton" in name.lower()]
+        self.note(shape, "rollouts", f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}", kernels=names)
 
     @torch.no_grad()
     def uncached_step(self, prompts, t):
@@ -197,22 +210,38 @@ class Bench:
     def update(self, shape):
         rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
         tokens = torch.tensor(self.prompts(rows, width + 1), device=self.device)
-        seconds = self.times({name: lambda f=f: f(self.model, tokens) for name, f in PASSES.items()})
-        settings = ["--shapes", shape, "--threads", str(self.threads), "--device", self.device,
-                    "--dtype", str(self.dtype).removeprefix("torch.")]
-        peaks = {name: int(subprocess.run([sys.executable, __file__, "--peak", name, *settings], check=True, capture_output=True,
-                                          text=True).stdout) for name in PASSES}
+        peaks = {}
+        for name in PASSES:
+            try:
+                peaks[name] = self.peak(name, tokens, shape)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self.note(shape, "update", f"{name}, {rows} x {width} tokens: out of memory")
+        seconds = self.times({name: lambda f=PASSES[name]: f(self.model, tokens) for name in peaks})
         for name, s in seconds.items():
             speed = rows * width / statistics.median(s)
             self.report(shape, "update", f"{name}, {rows} x {width} tokens, forward + backward", s,
                         f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB", tokens_per_second=speed,
                         peak_bytes=peaks[name])
         ours = statistics.median(seconds["ours"])
-        for name in ("full logits", "compiled"):
+        for name in seconds.keys() - {"ours"}:
             time_ratio, memory_ratio = ours / statistics.median(seconds[name]), peaks["ours"] / peaks[name]
             self.note(shape, "update", f"ours to {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}", time_ratio=time_ratio,
                       memory_ratio=memory_ratio)
         self.model.zero_grad(set_to_none=True)
+
+    def peak(self, name, tokens, shape):
+        """Bytes that a pass needs beyond weights and gradients. A CPU's are those of a process, so there it has its own."""
+        if self.device == "cuda":
+            PASSES[name](self.model, tokens)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            PASSES[name](self.model, tokens)
+            return torch.cuda.max_memory_allocated() - before
+        settings = ["--shapes", shape, "--threads", str(self.threads), "--device", "cpu",
+                    "--dtype", str(self.dtype).removeprefix("torch.")]
+        command = [sys.executable, __file__, "--peak", name, *settings]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def teacher(self, shape):
         """16 requests of 100 tokens answered with 64, behind 1,500 tokens of exemplars or none."""
@@ -358,18 +387,18 @@ def prepare_gradients(model):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def peak_of_update(name, shape, device, dtype) -> int:
+def model_of(shape, device, dtype):
+    with torch.device(device):  # random numbers are drawn there: on a CPU those of 3b take longer than the measurements
+        return LM(ModelConfig(**SHAPES[shape])).to(dtype)
+
+
+def peak_of_update(name, shape, dtype) -> int:
     """Bytes that a pass needs at its peak beyond weights and gradients (an optimizer's state would stand beside them)."""
-    model = LM(ModelConfig(**SHAPES[shape])).to(device, getattr(torch, dtype))
+    model = model_of(shape, "cpu", getattr(torch, dtype))
     rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
-    tokens = torch.randint(SHAPES[shape]["vocab_size"], (rows, width + 1), device=device)
+    tokens = torch.randint(SHAPES[shape]["vocab_size"], (rows, width + 1))
     prepare_gradients(model)
     PASSES[name](model, tokens)  # compiling, and what a first pass allocates for good
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        PASSES[name](model, tokens)
-        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # or the pass would be given what is still held of the first
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = status("VmRSS")

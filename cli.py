@@ -64,6 +64,7 @@ def prepare_train(args):
     from distributed import World
     from files import read_json
     from record import Run
+    from sampler import RECORDER
     from thinktuning import make_teacher, train
 
     preset = {**DEMO, "save_every": Config.save_every} if args.preset == "demo" else {}  # only the demonstration saves nothing
@@ -110,8 +111,7 @@ def prepare_train(args):
         short = f" of {config.steps}, stopped; --resume goes on" if len(history) < config.steps else ""
         print(f"{len(history)} steps{short} -> {out}/model  {summary}")
         if args.verbose:
-            recorded = {"student": trained.recordings, "teacher": teacher.model.recordings if teacher else 0}
-            print("decoding steps recorded as CUDA graphs: " + ", ".join(f"{who} {n}" for who, n in recorded.items()))
+            print(f"decoding steps: {RECORDER.traces} traced by torch.compile, {RECORDER.count} recorded as CUDA graphs")
 
     return job
 
@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
                         "(float32 on a cpu, else bfloat16)")
 
     common.add_argument("--compile", default="auto", choices=("auto", "off"),
-                        help="auto: on a GPU, decoding steps are recorded as CUDA graphs (auto)")
+                        help="auto: on a GPU, decoding steps are compiled into CUDA graphs (auto)")
 
     t = commands.add_parser("train", parents=[common], help="train a model directory on problems")
     t.add_argument("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file of questions and answers")

@@ -3,11 +3,11 @@
 One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
 SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
 
-On a GPU nothing is compiled by Triton, and it need not be there. A decoding step reads every weight once and computes
-little, so what fusion could save is small beside that; what costs is launching hundreds of kernels a token. The sampler
-therefore records a whole step as a CUDA graph (sampler.Writing.steps) of PyTorch's own kernels: cuBLAS products, fused
-attention, RMSNorm. An update's kernels are large and few, and run as they are: it compiles as well (torch.compile with
-fullgraph, in the tests and in bench.py), but gradients that are added in place here are copied there.
+On a GPU a decoding step is compiled without Triton, which need not be there. A step reads every weight once and computes
+little, so what fusion could save is small beside that; what costs is launching hundreds of kernels a token. torch.compile
+therefore only traces the step, as one graph, and hands it to a backend that records the kernels PyTorch has for it (cuBLAS
+products, fused attention, RMSNorm) as a CUDA graph: sampler.Recorder. An update's kernels are large and few, and run as they
+are: it compiles as well (in the tests and in bench.py), but gradients that are added in place here are copied there.
 
 Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, E head width, S cached positions.
 """
@@ -60,7 +60,7 @@ class ModelConfig:
 
 
 class LM(nn.Module):
-    compiled = True  # decoding steps on a GPU are recorded as CUDA graphs; self.recordings counts them
+    compiled = True  # decoding steps on a GPU are compiled; off: they run as they are
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,7 +75,6 @@ class LM(nn.Module):
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
         self.recompute = False  # activation checkpointing: the backward pass computes each block again instead of keeping it
-        self.recordings = 0
         # The config.json it was loaded from, and the files beside it: save writes them back.
         self.source: dict[str, Any] | None = None
         self.companions: dict[str, bytes] = {}

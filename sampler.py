@@ -2,7 +2,7 @@
 
 A prompt is computed once for all its samples, and what all prompts begin with once for all of them. Rows whose response
 has ended leave the batch, and waiting responses take their places. A step changes nothing but tensors that are there
-already, so that on a GPU it is recorded once as a CUDA graph and then replayed.
+already, so that on a GPU it can be compiled: recorded once as a CUDA graph and then replayed (Recorder).
 
 Shapes: B rows, T tokens, H query heads, K key/value heads, G = H / K, E head width, S positions of a row, P of a shared prefix.
 """
@@ -25,6 +25,7 @@ SHARE_FROM = 32  # tokens that all prompts begin with; fewer are computed sooner
 BLOCK = {"cuda": 16}
 PREFILL = 1 << 14  # tokens of prompts, padding counted, that are computed at once: a bound to the memory of a pass
 WINDOW = 512  # steps of a block read a multiple of so many positions, for few shapes to record
+RECORDS = ("cuda",)  # devices whose steps are compiled
 
 
 @torch.no_grad()
@@ -63,6 +64,7 @@ def generate(model: LM, prompts: list[list[int]], *, max_tokens: int, stop: Iter
     is_stop[[i for i in stop if 0 <= i < len(is_stop)]] = True  # others come from a file for a larger model
     writing = Writing(model, cache, uniform, is_stop, temperature, top_p, on_step)
     writing.run(Waiting(model, prompts, samples, prefix), block)
+    RECORDER.forget()
 
     ended = is_stop[writing.tokens_out]
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_tokens).tolist()[:n]
@@ -86,8 +88,6 @@ class Writing:
         self.response = torch.full((rows,), self.none, device=uniform.device)
         self.t, self.tokens = torch.zeros_like(self.response), torch.zeros_like(self.response)
         self.done = torch.ones_like(self.response, dtype=torch.bool)
-        self.recorded: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # (rows, positions read) -> CUDA graph
-        self.pool: Any = None
 
     def run(self, waiting: Waiting, block: int = 0) -> None:
         """Write until no response is left, looking which are done after every step or `block` of them."""
@@ -130,7 +130,8 @@ class Writing:
     def steps(self, active: int, count: int) -> None:
         """`count` steps in one of few shapes, the rows halved until they just hold the active ones.
 
-        On a GPU a step of each shape is recorded as a CUDA graph, then replayed.
+        Where the device records, the first step looks up or makes its recording, and the others replay it:
+        within a block nothing changes but what is in the tensors.
         """
         B = len(self.response)
         while B // 2 >= max(active, 8):
@@ -138,20 +139,14 @@ class Writing:
         self.cache.lengths[active:] = 0
         self.cache.longest += count
         self.cache.window = min(-(-self.cache.longest // WINDOW) * WINDOW, self.cache.k.shape[3])
-        one_step: Callable[[], None] = partial(self.step, B)
-        if self.model.device.type == "cuda" and self.model.compiled:
-            shape = (B, self.cache.window)
-            if shape not in self.recorded:
-                self.step(B)  # for the libraries to set themselves up, which cannot be recorded
-                count -= 1
-                self.recorded[shape] = graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
-                    self.step(B)
-                self.pool = graph.pool()
-                self.model.recordings += 1
-            one_step = self.recorded[shape].replay
-        for _ in range(count):
-            one_step()
+        again = partial(self.step, B)
+        if self.model.compiled and self.model.device.type in RECORDS:
+            compiled_step(self, B)
+            again = RECORDER.again
+        else:
+            self.step(B)
+        for _ in range(count - 1):
+            again()
         self.cache.window = None
 
 
@@ -358,3 +353,74 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])
         tokens = tokens.clamp(max=weights.shape[-1] - 1)  # NaN logits would point past the end
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - log_z).squeeze(-1)
+
+
+def compiled_step(writing: Writing, B: int) -> None:
+    """writing.step(B) through torch.compile, which traces it once for all sizes, and RECORDER, which records it."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # not above: it takes longer to load than torch itself
+    from torch.fx.experimental import _config as sizes
+
+    step = torch.compile(Writing.step, backend=RECORDER, fullgraph=True, dynamic=True)
+    with sizes.patch(use_duck_shape=False):  # two sizes that are equal once need not be so the next time
+        try:
+            step(writing, B)
+        except FailOnRecompileLimitHit:  # many more models and ways to sample than a training run has: begin anew
+            torch.compiler.reset()
+            step(writing, B)
+
+
+class Recorder:
+    """A backend of torch.compile: it is given the step as a graph of PyTorch's own operations and records what they launch.
+
+    It generates no code, so Triton has nothing to do. The first call runs the operations and then records them over the
+    very tensors it was given, weights and caches too, without copying any. A call with the same addresses replays the
+    recording, one with others makes a new one. All share one pool of memory, because only one runs at a time.
+    """
+
+    def __init__(self) -> None:
+        self.traces = self.count = 0  # steps traced and recordings made since the program began
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the recordings go, and with them their memory."""
+        self.recordings: dict[tuple[Any, ...], Callable[[], Any]] = {}
+        self.again: Callable[[], Any] | None = None  # the recording that was looked up last
+        self.pool: Any = None
+
+    def __call__(self, traced: Callable[..., Any], _: Any) -> Callable[..., Any]:
+        self.traces += 1
+        return partial(self.run, traced)
+
+    def run(self, traced: Callable[..., Any], *inputs: Any) -> Any:
+        key = (traced, *map(identity, inputs))
+        if key in self.recordings:
+            self.again = self.recordings[key]
+            return self.again()
+        outputs = traced(*inputs)  # the libraries set themselves up here, which cannot be recorded
+        self.again, self.pool = record(partial(traced, *inputs), self.pool)
+        self.recordings[key] = self.again
+        self.count += 1
+        return outputs
+
+
+RECORDER = Recorder()
+
+
+def identity(value: Any) -> Any:
+    """What a recording depends on: a number's value, a tensor's address."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.data_ptr() if value.dim() else value.item()  # torch.compile passes a float as a tensor of no dimension
+
+
+def record(step: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], Any]:
+    """Record what `step` launches on the GPU, without running it: what runs it, and the pool of its tensors' memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay, graph.pool()
