@@ -74,5 +74,5 @@ class Stream:
 
 
 def reflection_start(text: str) -> int:
-    """Where a text goes on after its first answer: the blank line behind the first closed box, else the text's end."""
+    """Where a text goes on after its first answer: the blank line behind its box, else the text's end."""
     return next((gap.start() for gap in re.finditer("\n\n", text) if answers(text[: gap.start()])), len(text))

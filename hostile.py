@@ -92,10 +92,10 @@ def spoil_json(text: bytes, rng) -> bytes | None:
 # The readers: each takes an input and an empty directory of its own, and lets through what it should not.
 
 def reward(data, directory):
-    from data.reward import BOX, answers, equal, final_answer, is_correct
+    from data.reward import answers, equal, final_answer, is_correct
     answer, _, text = data.decode(errors="replace").partition("\0")
     last = final_answer(text)
-    assert last is None or BOX in text and answers(text)[-1] == last
+    assert last is None or equal(last, last) and answers(text)[-1] == last
     assert is_correct(text, answer) == (last is not None and equal(last, answer)) and equal(text, answer) == equal(answer, text)
 
 
@@ -214,8 +214,8 @@ def refusing(read, *args):
 def reward_seeds():
     texts = (r"So \boxed{1} no, \boxed{\frac{1}{2}}", r"\boxed{-\$1,234.50 \text{ dollars}}", r"\boxed{x \in [-2,\infty)}",
              r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}} \boxed{50\%", r"\boxed{2\sqrt{5}\cdot 10,\! 080^{\circ}}",
-             r"\boxed{(B)}.")
-    answers = ("1/2", "-1234.5", "[-2,∞)", "0.5", "7 cm", "B")
+             r"\boxed{(B)}.", r"\boxed{} \fbox 8, \boxed {\{\sqrt[3] x, 1\frac ab, \bf 5 \text{ km/h}\}}")
+    answers = ("1/2", "-1234.5", "[-2,∞)", "0.5", "7 cm", "B", "8 Hours")
     return [answer.encode() + b"\0" + text.encode() for text, answer in zip(texts, answers)]
 
 

@@ -4,11 +4,11 @@ import http.server
 import importlib.util
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Problem, agreement, grading, gsm8k, load_problems
+from data import Problem, agreement, grading, gsm8k, load_problems, reward
 from data.grading import Grader, MathVerify
-from data.reward import BOX, LONGEST, answers, canonical, equal, final_answer, is_correct
+from data.reward import LONGEST, answers, canonical, equal, final_answer, is_correct
+from data.scores import first_is_right, reflects, score, vote
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -40,7 +41,15 @@ def boxed(answer) -> str:
     (r"\boxed{a \\} b}", r"a \\"),          # an escaped backslash: the brace after it is real
     (r"\boxed{a \\\} b}", r"a \\\} b"),
     (r"\boxed{\boxed{5}}", "5"),
-    (r"\boxed{}", ""),
+    (r"\boxed {8}", "8"), ("\\boxed\n{8}", "8"), (r"\boxed 8", "8"), (r"\boxed8.", "8"), (r"\boxed -1,234.5, so", "-1,234.5"),
+    (r"\boxed 1/2", "1/2"), (r"\fbox{8}", "8"), (r"\fbox {8}", "8"), (r"\boxed{\fbox{8}}", "8"),
+    (r"It is \boxed{7}. No, wait: \boxed {8}.", "8"), (r"It is \boxed{7}. No, wait: \fbox 8.", "8"),
+    (r"\boxed{7}, which I \boxed and leave; \boxed x", "7"),  # without braces only a number is an answer
+    (r"\boxedx{8}", None), (r"\fboxsep{8}", None),
+    (r"\boxed{}", None), (r"\boxed{ }", None), (r"\boxed{{}\,}", None), (r"\boxed{...}", None), (r"\boxed{x=}", None),
+    (r"\boxed{7}, as asked in \boxed{}.", "7"), (r"I will put it in \boxed{}. It is \boxed{7}.", "7"),
+    (r"\boxed{\{\}}", r"\{\}"),             # the empty set
+    (r"\boxed{1} \boxed{} \boxed {2", None),
     (r"\boxed{1} then \boxed{2", None),     # cut off: the earlier box does not step in
     (r"\boxed{\frac{1}{2}", None),
     (r"\boxed", None),
@@ -55,11 +64,29 @@ def test_final_answer(text, expected):
 def test_answers_lists_closed_innermost_boxes_in_order():
     assert answers(r"\boxed{3} Wait. \boxed{\frac{1}{2}} hmm \boxed{7") == ["3", r"\frac{1}{2}"]
     assert answers(r"\boxed{\boxed{5}}") == ["5"]  # one answer, not two: it must not look like a second thought
+    assert answers(r"\boxed{} \boxed {3} \fbox{ } \boxed 4 \fbox{5} \boxed{~}") == ["3", "4", "5"]
     assert answers("nothing here") == []
 
 
+@pytest.mark.parametrize("empty", [r"\boxed{}", r"\boxed {}", r"\fbox{ }", "\\boxed{\n}", r"\boxed{\;}"])
+def test_an_empty_box_is_a_quotation_and_no_answer(empty):
+    quoted, problem = rf"I will put it in {empty}. So it is \boxed{{7}}.", Problem("q", "7")
+    assert answers(quoted) == ["7"] and first_is_right(quoted, "7") and not reflects(quoted)
+    found = score([(problem, quoted, True)])
+    assert (found["accuracy"], found["first_answer_accuracy"], found["reflection_rate"]) == (1, 1, 0)
+    assert (found["wrong_to_right"], found["right_to_wrong"]) == (0, 0)
+    asked = rf"So it is \boxed{{7}}, in {empty} as asked."
+    assert is_correct(asked, "7") and not reflects(asked)
+    assert vote([empty, quoted, empty, empty]) == [("7", 1)]
+    alone = score([(problem, empty, True)] * 2, samples=2)
+    assert (alone["accuracy"], alone["maj@2"], alone["reflection_rate"]) == (0, 0, 0)
+
+
+BOX = r"\boxed{"
+
+
 def naive_last_box(text):
-    """Character by character, the last box's content."""
+    """Character by character, the content of the last box that is not empty; None if the last box of all is not closed."""
     start = text.rfind(BOX)
     if start < 0:
         return None
@@ -71,9 +98,19 @@ def naive_last_box(text):
             continue
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
-            return content
+            return content if canonical(content) else naive_last_closed_box(text[:start])
         content += text[i]
         i += 1
+    return None
+
+
+def naive_last_closed_box(text):
+    """The last box that is not empty, if a closed one stands behind the text: what is open here holds that one."""
+    while BOX in text:
+        found = naive_last_box(text)
+        if found is not None:
+            return found
+        text = text[:text.rfind(BOX)]
     return None
 
 
@@ -82,6 +119,14 @@ def test_last_box_agrees_with_a_naive_scan(text):
     assert final_answer(text) == naive_last_box(text)
     if final_answer(text) is not None:
         assert answers(text)[-1] == final_answer(text)
+
+
+@given(st.lists(st.sampled_from([BOX, "{", "}", "7", "a", " ", "."]), max_size=30).map("".join),
+       st.lists(st.sampled_from([r"\boxed{", r"\boxed {", "\\boxed\n\t{", r"\fbox{", r"\fbox  {"]), min_size=30, max_size=30))
+def test_every_spelling_of_a_box_is_the_same_box(text, spellings):
+    plain, *pieces = text.split(BOX)
+    respelled = plain + "".join(spelling + piece for spelling, piece in zip(spellings, pieces))
+    assert answers(respelled) == answers(text) and final_answer(respelled) == final_answer(text)
 
 
 # ------------------------------------------------------------------ the reward: equality
@@ -112,6 +157,25 @@ def test_last_box_agrees_with_a_naive_scan(text):
     (r"3\pm2\sqrt2", r"3 \pm 2 \sqrt{2}"),
     (r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("B", r"\text{(B)}"), ("(B).", r"\text{B}"),
+    # what LaTeX shows alike
+    ("{12}", "12"), ("{{1}2}", "12"), ("1{}2", "12"), (r"\sqrt x", r"\sqrt{x}"), (r"\sqrt 13", r"\sqrt{1}3"), (r"\cot{x}", r"\cot x"),
+    (r"\cot {2x}", r"\cot 2x"), (r"\frac ab", r"\frac{a}{b}"), (r"\frac{a}b", r"\frac a{b}"), (r"\frac\pi2", r"\frac{\pi}{2}"),
+    (r"2^\frac12", r"2^{\frac{1}{2}}"), (r"\sqrt[3]2", r"\sqrt[3]{2}"), ("x_{1}", "x_1"), (r"x^{2}", "x ^ 2"), ("2 x y", "2xy"),
+    (r"x \le 5", r"x\leq 5"), (r"x\geq5", r"x \ge{5}"), (r"x\ne 1", r"x \neq 1"), ("x ≤ π", r"x\le\pi"), (r"\lbrace 1\rbrace", r"\{1\}"),
+    (r"\textrm{even}", r"\text{even}"), (r"\mathbf{42}", "42"), (r"\mathbf{v}", "v"), (r"{\bf 7}", "7"), (r"\bf 7", "7"), (r"\bf{7}", "7"),
+    (r"{\rm even}", r"\textbf{even}"), (r"\bigl(1,2\bigr)", "(1,2)"), (r"\vec v", r"\vec{v}"), (r"\mathbb R", r"\mathbb{R}"),
+    # units in words
+    (r"18 \text{ eggs}", "18"), (r"18\text{eggs}", "18"), ("42 apples", "42"), (r"5 \text{ km/h}", "5"), ("5 km/h", "5"),
+    ("5 Hours", "5"), ("5 Hours", r"5 \text{ hours}"), ("1 hour", "1 hours"), (r"12 \text{ m}", "12"), (r"25\,\mathrm{~m/s^2}", "25"),
+    (r"3\ \text{sq. ft}", "3"), (r"60 \text{ miles per hour}", "60"), (r"\frac12 \text{ of the cake}", "0.5"), (r"\text{18 eggs}", "18"),
+    ("€18", "18"), ("£18", "18"), ("18€", "€18"), ("€18", "18 euros"), (r"\pounds 18.50", "18.5"), ("₹18", "18"), (r"\$-7", "-7"), ("-€7", "-7"),
+    (r"\$18 \text{ per hour}", r"18 \text{ dollars per hour}"), (r"\$18 \text{ dollars}", r"\$18"), (r"25^\circ\text{C}", "25"),
+    # numbers
+    (r"1\,000", "1000"), (r"12\,345\,678.5", "12345678.5"), ("1\u202f000", "1,000"), (r"1\frac{4}{5}", "9/5"), (r"1\frac45", "1.8"),
+    (r"-1 \frac{4}{5}", "-9/5"), ("1 4/5", r"\frac95"), (r"137 \frac{1}{2}", "137.5"), (r"2\frac12 \text{ cups}", "2.5"), (r"-\frac{-1}{2}", "1/2"),
+    # sets
+    (r"\{1,2,3\}", r"\{3, 1, 2\}"), (r"\{\frac12, 2\}", r"\left\{ 2, 0.5 \right\}"), (r"\{(1,2),(3,4)\}", r"\{(3,4),\,(1,2)\}"),
+    (r"x \in \{1,2\}", r"\{2,1\}"),
 ])
 def test_equal(ours, reference):
     assert is_correct(boxed(ours), reference)
@@ -119,7 +183,7 @@ def test_equal(ours, reference):
 
 
 @pytest.mark.parametrize("ours, reference", [
-    ("42", "43"), ("-7", "7"), ("1", "11"), ("4", "42"), ("42 apples", "42"), ("4 2", "42"), ("x42", "42"),
+    ("42", "43"), ("-7", "7"), ("1", "11"), ("4", "42"), ("4 2", "42"), ("x42", "42"),
     ("12,34", "1234"), ("1,23", "123"), ("1234,567", "1234567"),
     ("1, 234", "1234"), ("1,234", "1, 234"), (",234", "234"),
     ("50%", "0.5"), ("50%", "50"), ("0.5", "50%"), ("5%", "50%"),
@@ -141,6 +205,20 @@ def test_equal(ours, reference):
     (r"\cot x", r"\cotx"), ("(B)", "(C)"),
     (r"\begin{vmatrix} 1 \end{vmatrix}", r"\begin{pmatrix} 1 \end{pmatrix}"),
     ("(1,2)", "1,2"), ("(1,2)", "[1,2]"), ("52_8", "52_9"),
+    # what LaTeX shows otherwise
+    (r"\sqrt 13", r"\sqrt{13}"), (r"\frac123", r"\frac{1}{23}"), (r"\frac{1}{2}2", r"\frac{1}{22}"), ("2^10", "2^{10}"), ("x_12", "x_{12}"),
+    (r"\sqrt[3]{2x}", r"\sqrt[3]{2}x"), (r"\sqrt[3]{2}", r"\sqrt{2}"), (r"\overline{AB}", r"\overline AB"), (r"\foo{ab}c", r"\foo{a}bc"),
+    (r"x\le 5", r"x<5"), (r"\mathbb{R}", "R"), (r"x^{}2", "x^2"), (r"\log_{10}2", r"\log_1 02"),
+    # other units, no units, other values
+    (r"18 \text{ eggs}", r"18 \text{ apples}"), (r"5 \text{ km/h}", r"5 \text{ mph}"), (r"5 \text{ km/h}", r"5 \text{ km}"), ("5 mW", "5 MW"),
+    (r"5 \text{ m}", r"5 \text{ s}"), (r"5 \text{ m}", r"5 \text{ ms}"), (r"18 \text{ eggs}", "19"), ("€18", "£18"), ("€18", r"\$18"),
+    (r"25^\circ\text{C}", r"25^\circ\text{F}"), ("$18 per hour", r"18 \text{ eggs}"),
+    ("2 xy", "2"), ("2 m", "2"), (r"2\mathrm{i}", "2"), (r"2\text{k}", "2"), ("2 theta", "2"), (r"2\text{ pi}", "2"),
+    (r"7 \text{ or eight}", "7"), ("7 or more", "7"), ("18 dozen", "18"), ("18 thousand eggs", "18"), ("3 quarters", "3"), ("3 fifths", "3"),
+    ("7 is the answer", "7"), (r"7 \text{ squared}", "7"), (r"1 \text{ half}", "1"), ("5 and a half", "5"), (r"3 \text{ feet } 4", "3"),
+    (r"12\,34", "1234"), (r"1234\,567", "1234567"), ("1 000", "1000"), (r"2\frac32", "7/2"), (r"2\frac32", "3"), (r"2\cdot\frac12", "5/2"),
+    ("1 4/5", "14/5"), (r"1.5\frac12", "2"), (r"1\frac{-1}{2}", "1/2"), (r"x\frac12", "1/2"), (r"2\frac12x", "2.5"),
+    (r"\{1,2\}", r"\{1,3\}"), (r"\{1,2\}", "1,2"), (r"\{(1,2)\}", r"\{(2,1)\}"), (r"(1,2)", "(2,1)"), (r"\{1\}\cup\{2\}", r"\{2\}\cup\{1\}"),
 ])
 def test_not_equal(ours, reference):
     assert not is_correct(boxed(ours), reference)
@@ -188,8 +266,95 @@ def test_any_answer_equals_itself_and_equality_is_symmetric(answer):
         assert is_correct(boxed(answer), answer) == (canonical(answer) != "")
 
 
+# Two spellings of one expression are equal, and two expressions are not. An expression is a tuple: an operator, its arguments.
+
+def expressions(depth=3):
+    leaf = st.sampled_from([("leaf", text) for text in ("x", "y", "ab", "2x", "13y", r"\pi ")])
+    operators = {"frac": 2, "sqrt": 1, "root": 1, "power": 2, "cot": 1, "sum": 2, "at most": 2, "bar": 1}
+    if not depth:
+        return leaf
+    one = expressions(depth - 1)
+    return leaf | st.one_of([st.tuples(st.just(name), *[one] * n) for name, n in operators.items()])
+
+
+def spelled(expression, draw):
+    """One of the ways to write the expression."""
+    def any_of(*choices):
+        return draw(st.sampled_from(choices))
+
+    def space():
+        return any_of("", "", " ", "  ", r"\;", r"\quad ", "~")
+
+    def argument(inner):
+        text = spelled(inner, draw)
+        return any_of(" ", "") + ("{" + text + "}" if not is_one_token(inner) or any_of(True, False) else " " + text)
+
+    name, *inner = expression
+    if name == "leaf":
+        text = space().join(re.findall(r"\\pi |[0-9]+|.", inner[0]))
+    elif name == "frac":
+        text = any_of(r"\frac", r"\dfrac", r"\tfrac") + argument(inner[0]) + argument(inner[1])
+    elif name in ("sqrt", "bar"):
+        text = {"sqrt": r"\sqrt", "bar": r"\overline"}[name] + argument(inner[0])
+    elif name == "root":
+        text = r"\sqrt[3]" + argument(inner[0])
+    elif name == "power":
+        text = f"({spelled(inner[0], draw)})^{argument(inner[1])}"
+    elif name == "cot":
+        text = any_of(r"\cot{%s}", r"\cot %s", r"{\cot} %s") % f"({spelled(inner[0], draw)})"
+    else:
+        between = "+" if name == "sum" else any_of(r"\le ", r"\leq ", r"\leq{}", "≤")
+        text = f"{any_of('(', chr(92) + 'left(')}{spelled(inner[0], draw)}{space()}{between}{space()}{spelled(inner[1], draw)})"
+    return any_of("%s", "%s", "{%s}", r"{\bf %s}", r"\mathbf{%s}", r"\displaystyle %s") % text
+
+
+def is_one_token(expression):
+    return expression in (("leaf", "x"), ("leaf", "y"), ("leaf", r"\pi "))
+
+
+@given(expressions(), expressions(), st.data())
+def test_two_spellings_are_equal_exactly_when_the_expressions_are(one, other, data):
+    assert equal(spelled(one, data.draw), spelled(one, data.draw))
+    assert equal(spelled(one, data.draw), spelled(other, data.draw)) == (one == other)
+
+
+UNITS = ["eggs", "apples", "km", "km/h", "m", "s", "miles per hour", "cm^2", "cm^3", "square feet", "dollars", "euros", "degrees"]
+
+
+@given(st.integers(-10**6, 10**6), st.sampled_from(UNITS), st.sampled_from(UNITS), st.integers(-10**6, 10**6), st.data())
+def test_a_unit_in_words_may_be_left_out_but_not_changed(number, unit, other_unit, other_number, data):
+    def written(n, unit):
+        signs = {"dollars": rf"\${n}", "euros": f"€{n}", "degrees": rf"{n}^\circ"}
+        command = data.draw(st.sampled_from([r"\text", r"\mathrm", r"\textrm ", r"\mbox"]))
+        ways = [f"{n}{command}{{{unit}}}", rf"{n}\,{command}{{ {unit}}}", f"{n} {command}{{~{unit} }}.", signs.get(unit)]
+        return data.draw(st.sampled_from(list(filter(None, ways))))
+
+    assert equal(written(number, unit), str(number)) and equal(f"{number:,}", written(number, unit))
+    assert equal(written(number, unit), written(number, unit))
+    assert equal(written(number, unit), written(number, other_unit)) == (unit == other_unit)
+    assert equal(written(number, unit), str(other_number)) == (number == other_number)
+
+
+@given(st.integers(0, 10**7), st.integers(1, 99), st.integers(2, 100), st.booleans())
+def test_mixed_numbers_and_thousands(whole, top, bottom, negative):
+    sign, value = ("-", -1) if negative else ("", 1)
+    for mixed in (rf"{sign}{whole}\frac{{{top}}}{{{bottom}}}", f"{sign}{whole} {top}/{bottom}"):
+        assert equal(mixed, str(value * (whole + Fraction(top, bottom)))) == (top < bottom)
+    assert equal(f"{sign}{whole:,}".replace(",", r"\,"), f"{sign}{whole}")
+
+
+@given(st.lists(st.sampled_from(["1", "-2", "0.5", "x", r"\pi", "(1,2)", r"\sqrt{2}"]), min_size=1, max_size=6), st.randoms())
+def test_a_set_has_no_order_and_a_tuple_has(elements, rng):
+    shuffled = rng.sample(elements, len(elements))
+    one, other = ", ".join(elements), ",".join(shuffled).replace("0.5", r"\frac12")
+    assert equal(rf"\{{{one}\}}", rf"\left\{{{other}\right\}}")
+    assert equal(f"({one})", f"({','.join(shuffled)})") == (elements == shuffled)
+    assert not equal(rf"\{{{one}\}}", rf"\{{{one},7\}}")
+
+
 LATEX = [BOX, "{", "}", "\\", "$", "%", "1", ",", ".", "/", "-", " ",
-         r"\frac", r"\text{", r"\left", r"\!", "~", "²", "e9", "x=", r"\circ", "^", " cm"]
+         r"\frac", r"\text{", r"\left", r"\!", "~", "²", "e9", "x=", r"\circ", "^", " cm",
+         r"\fbox", r"\sqrt[", r"\{", r"\}", r"\,000", r"\bf", " eggs", "€", r"\foo{", "]", " 1/2"]
 
 
 @given(st.lists(st.sampled_from(LATEX)).map("".join), st.lists(st.sampled_from(LATEX), max_size=8).map("".join))
@@ -201,37 +366,65 @@ HUNDRED_KB = 100_000
 HOSTILE = {
     "open": "{", "close": "}", "pairs": "{}", "turned": "}{", "boxes": BOX, "empty boxes": BOX + "}",
     "nested boxes": BOX + BOX + "}}", "escapes": BOX + r"\}", "backslashes": "\\", "mixed": BOX + "{}}{",
+    "bare boxes": r"\boxed", "spaced boxes": r"\boxed ", "boxed digits": r"\boxed 1", "digits": "1", "digits, commas": "111,",
 }
 
 
-@pytest.mark.parametrize("head", ["", BOX])
+def count(monkeypatch, name, size):
+    """The sum of `size(*arguments)` over all calls of a function of data.reward from now on, in a list."""
+    total, function = [0], getattr(reward, name)
+
+    def counting(*arguments):
+        total[0] += size(*arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(reward, name, counting)
+    return total
+
+
+@pytest.mark.parametrize("head", ["", BOX, r"\boxed "])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_100_kb_of_braces_take_under_10_ms(name, head):
+def test_of_100_kb_every_character_is_looked_at_once_for_boxes_and_once_for_answers(name, head, monkeypatch):
+    reward._parts.cache_clear()
+    searched, normalised = count(monkeypatch, "_closed", len), count(monkeypatch, "_normalise", len)
     text = (head + HOSTILE[name] * HUNDRED_KB)[:HUNDRED_KB]
-    assert fastest(lambda: (is_correct(text, "42"), is_correct(text + "}", "42"))) < 0.020  # two calls
-    assert fastest(lambda: answers(text)) < 0.010
+    for read in (answers, final_answer, answers):
+        searched[0] = 0
+        read(text + "}")
+        assert searched[0] <= len(text)
+    assert normalised[0] <= len(text)  # all three together
 
 
-def test_a_box_nested_50_000_deep_closes_in_under_10_ms():
+def test_a_box_nested_50_000_deep_closes():
     text = BOX + "{" * 50_000 + "}" * 50_001
-    assert len(final_answer(text)) == HUNDRED_KB
-    assert fastest(lambda: is_correct(text, "42")) < 0.010
+    assert len(final_answer(text)) == HUNDRED_KB and not is_correct(text, "42")
 
 
-@pytest.mark.parametrize("piece", [*LATEX, "\t", "11", "111,", r"\frac1", "{1", "x ", r"\ ", r"\quad"])
-def test_the_longest_answer_that_is_normalised_takes_under_10_ms(piece):
-    text = boxed((piece * LONGEST)[:LONGEST - 1])
-    assert fastest(lambda: is_correct(text, "1" * LONGEST)) < 0.010
+@pytest.mark.parametrize("piece", [*LATEX, "\t", "11", "111,", r"\frac1", "{1", "x ", r"\ ", r"\quad", "^^", r"\sqrt", "[", r"\text{ cm",
+                                   " abcd", r"1\,", r"\{1,", "(", r"\frac{", r"\frac\frac", r"\foo", "1 "])
+def test_normalising_the_longest_answer_takes_every_token_once(piece, monkeypatch):
+    items, respaced = count(monkeypatch, "_item", lambda *_: 1), count(monkeypatch, "_respace", len)
+    searched = count(monkeypatch, "_elements", len)
+    for head in ("", "1", r"1\text{", r"\{"):
+        for end in ("", "}", r"\}", "x"):
+            items[0] = respaced[0] = searched[0] = 0
+            answer = (head + piece * LONGEST)[:LONGEST - len(end)] + end
+            value, *_ = reward._parts.__wrapped__(answer)
+            assert items[0] <= len(answer) and respaced[0] <= 8 * len(answer) and searched[0] <= 4 * len(answer)
+            assert len(str(value)) <= 4 * len(answer)
 
 
-def fastest(call, runs=30) -> float:
-    """Processor seconds of the best run: the others measure what else the machine was doing."""
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
+def test_what_is_longer_is_not_normalised(monkeypatch):
+    normalised = count(monkeypatch, "_normalise", len)
+    assert not equal("1" * (LONGEST + 1), "1" * (LONGEST + 1) + ".0") and equal("x" * HUNDRED_KB, "x" * HUNDRED_KB)
+    assert normalised[0] == 0
+
+
+@pytest.mark.parametrize("n", [reward.DEEPEST - 2, reward.DEEPEST + 2, 400])
+def test_groups_are_read_to_a_depth_and_deeper_ones_compared_as_they_stand(n):
+    assert equal("{" * n + "5" + "}" * n, "5") == (n < reward.DEEPEST)
+    assert equal("x^{" * n + "5" + "}" * n, "x^{" * n + "5" + "}" * n)
+    assert not equal("x^{" * n + "5" + "}" * n, "x^{" * n + "6" + "}" * n)
 
 
 # ------------------------------------------------------------------ grading: with math-verify
@@ -300,9 +493,9 @@ def test_either_of_the_two_suffices(grader):
 @pytest.mark.parametrize("text, right", [
     (r"\boxed{-q+p}", True), (r"\boxed{1} no: \boxed{-q+p}.", True), (r"$\boxed{-q+p}$ I hope", True),
     (r"\boxed{-q+p} no: \boxed{1}", False), (r"\boxed{-q+p} no: \boxed{-q+p", False), ("-q+p", False), ("$-q+p$", False),
-    ("The final answer is $-q+p$. I hope it is correct.", False), (r"\fbox{-q+p}", False), (r"\boxed{}", False),
+    ("The final answer is $-q+p$. I hope it is correct.", False), (r"\fbox{-q+p}", True), (r"\boxed{}", False),
     (r"$-q+p$ and $\boxed{1}$", False), (r"The final answer is $-q+p$. I hope. \boxed{1}", False),
-    (r"\boxed{1 \boxed {-q+p}}", False), (r"\boxed{1 \fbox{-q+p}}", False),      # nor the box in the box
+    (r"\boxed{1 \boxed {-q+p}}", True), (r"\boxed{1 \fbox{-q+p}}", True), (r"\boxed{-q+p \fbox{1}}", False),
     (r"\boxed{1? The final answer is $-q+p$. I hope}", False), (r"\boxed{1? Answer: $-q+p$}", False),
     (r"\boxed{1$ $-q+p}", False),
 ])
@@ -389,9 +582,12 @@ def test_jsonl(tmp_path):
                  {"question": " 1+1? ", "answer": "2"}, "", "   ",
                  {"problem": "2+2?", "answer": " 4 ", "solution": r"\boxed{5}"},
                  {"question": "GSM8K's", "answer": "It is <<1+1=2>>2.\n#### 9\nno\n#### 1,234"},
+                 {"question": "more follows", "answer": "2+2=4\n#### 4\nThat is all. The 4 is\nright."},
+                 {"question": "on the next line", "answer": "####\n 4 \n\n"}, {"question": "no mark", "answer": "a\nb"},
                  {"question": "a\u2028b", "answer": 7}, '{"question": "c\u2028d", "answer": 2.50}\r')
     assert load_problems(path) == [
-        ("1+1?", "2"), ("2+2?", "4"), ("GSM8K's", "1,234"), ("a\u2028b", "7"), ("c\u2028d", "2.5")]
+        ("1+1?", "2"), ("2+2?", "4"), ("GSM8K's", "1,234"), ("more follows", "4"), ("on the next line", "4"),
+        ("no mark", "a\nb"), ("a\u2028b", "7"), ("c\u2028d", "2.5")]
     assert all(isinstance(problem, Problem) for problem in load_problems(path, "whatever"))
 
 

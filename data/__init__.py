@@ -85,8 +85,9 @@ def _problem(entry, where: str) -> Problem:
         raise ValueError(f'{where}: not an object; write {{"question": "...", "answer": "..."}}')
     question = entry.get("question", entry.get("problem"))
     solution = _text(_written(entry.get("answer")), "answer", where)
-    # GSM8K ends a worked solution with "#### 42"; elsewhere there is no such mark and all of it is the answer.
-    answer = solution.rpartition("####")[2].strip()
+    # GSM8K ends a worked solution with a line "#### 42"; elsewhere there is no such mark and all of it is the answer.
+    _, mark, answer = solution.rpartition("####")
+    answer = answer.strip().partition("\n")[0].strip() if mark else answer
     if not answer:
         raise ValueError(f'{where}: nothing after "####"; the answer belongs there')
     return Problem(_text(question, "question", where), answer)

@@ -1,16 +1,15 @@
 """What a list of graded responses amounts to: accuracy, reflection, mean@k, pass@k, maj@k, with standard errors."""
 
 import math
-from collections import Counter
 
-from data.reward import answers, canonical, equal, final_answer, is_correct
+from data.reward import answers, equal, final_answer, is_correct
 
 
 def score(records, samples=1, equal=equal) -> dict:
     """Accuracy and reflection of (problem, text, finished) records, `samples` in a row for each problem.
 
     Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and maj@k join it.
-    `equal(given, answer)` compares two final answers, but the votes of maj@k are sorted by the built-in `canonical`.
+    `equal(given, answer)` compares final answers: with the reference, and with each other for the votes of maj@k.
     """
     right = [finished and is_correct(text, p.answer, equal) for p, text, finished in records]
     first = [first_is_right(text, p.answer, equal) for p, text, _ in records]
@@ -52,15 +51,21 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def majority(records, equal=equal) -> float:
     """1 if the commonest final answer of one problem's finished responses is right; the earlier one wins a tie."""
-    votes = vote(text for _, text, finished in records if finished)
+    votes = vote((text for _, text, finished in records if finished), equal)
     return float(bool(votes) and equal(votes[0][0], records[0][0].answer))
 
 
-def vote(texts) -> list[tuple[str, int]]:
-    """The final answers of `texts`, as first written, and how often each was given: the commonest first, the earlier of a tie."""
-    given = [a for a in map(final_answer, texts) if a is not None]
-    kinds = [canonical(a) for a in given]
-    return [(given[kinds.index(kind)], n) for kind, n in Counter(kinds).most_common()]
+def vote(texts, equal=equal) -> list[tuple[str, int]]:
+    """The final answers of `texts` and how often each was given: the commonest first, the earlier of a tie.
+
+    An answer is counted with the first of the earlier kinds whose first member it equals, and stands for
+    a kind of its own if there is none. So each answer has one vote although `equal` is not transitive.
+    """
+    votes: dict[str, int] = {}
+    for given in filter(None, map(final_answer, texts)):
+        kind = next((first for first in votes if equal(given, first)), given)
+        votes[kind] = votes.get(kind, 0) + 1
+    return sorted(votes.items(), key=lambda kind: -kind[1])
 
 
 def first_is_right(text: str, answer: str, equal=equal) -> bool:
@@ -69,5 +74,5 @@ def first_is_right(text: str, answer: str, equal=equal) -> bool:
 
 
 def reflects(text: str) -> bool:
-    """The response commits to an answer and then to another: more than one closed box."""
+    """The response commits to an answer and then to another: more than one box that is not empty."""
     return len(answers(text)) > 1
