@@ -570,6 +570,8 @@ fragments = st.sampled_from([
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(added=st.lists(st.tuples(contents, flags), max_size=5, unique_by=lambda entry: entry[0]),
        texts=st.lists(st.lists(fragments, max_size=8).map("".join), min_size=4, max_size=4))
+@example(added=[("\n", {"special": False, "rstrip": True})], texts=["a\n\n\nb", "a\n \n"])
+@example(added=[("\n", {"special": False, "lstrip": True, "rstrip": True})], texts=["a\n\n\nb", "a\n \n"])
 def test_added_tokens_are_found_where_the_library_finds_them(small, tmp_path, layout, added, texts):
     reference = tokenizers.Tokenizer.from_str(small[layout][1].to_str())
     reference.add_tokens([AddedToken(text, **its_flags) for text, its_flags in added])

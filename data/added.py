@@ -44,17 +44,18 @@ class Finder:
         end = 0
         for start, found in self.occurrences(text):
             token, stop = self.tokens[found], start + len(found)
-            if start < end:
-                continue  # the white space that it begins with went to the token before it
             if token.special or token.single_word and is_inside_a_word(text, start, stop):
                 continue  # its letters are text, and no shorter token is looked for in them
             while token.lstrip and start > end and text[start - 1] in SPACES:
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop] in SPACES:
                 stop += 1
+            if token.lstrip and start < end:
+                start = end  # the token before it took the white space that it begins with
             if start > end:
                 yield text[end:start]
-            yield token.id
+            if start < stop:
+                yield token.id
             end = stop
         if end < len(text):
             yield text[end:]
