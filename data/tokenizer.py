@@ -41,10 +41,10 @@ class Tokenizer:
         self._variant = variant(self.family, self.special, published)
         self.stop = stop_ids(files, self.special, FAMILIES[self.family].end)
         self._files, self._nfc, self._ids = files, vocabulary.nfc, vocabulary.ranked
-        self._pattern = vocabulary.pattern
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
         self.vocab_size = max(self._pieces) + 1
         ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}
+        self._pattern = vocabulary.pattern
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self._encoding = tiktoken.Encoding(
             self.family, pat_str=vocabulary.pattern, mergeable_ranks=ranks, special_tokens={})
@@ -78,14 +78,16 @@ class Tokenizer:
         """The ids of plain text: "<|eot_id|>" written in it is not the special token, only its letters."""
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
-        if self._missing:  # half a surrogate pair has no bytes; tiktoken, too, replaces it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
         return [self._ids[rank] for part in slices for rank in self._merge(part)]
 
     def _merge(self, text: str) -> list[int]:
-        """The ranks of text. Bytes without a token are dropped first; what they parted may merge."""
-        if not self._missing or text.encode() == text.encode().translate(None, self._missing):
+        """The ranks of text. Bytes without a token are dropped first: their neighbours may merge."""
+        if not self._missing:
+            return self._encoding.encode_ordinary(text)
+        # Half a surrogate pair has no bytes. tiktoken replaces it in the same way.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text.encode() == text.encode().translate(None, self._missing):
             return self._encoding.encode_ordinary(text)
         ranks = []
         for piece in split(self._pattern, text):
