@@ -48,10 +48,10 @@ class Tokenizer:
         self._nfc, self._ids = vocabulary.nfc, vocabulary.ranked
         self._before_nfc = Finder({text: token for text, token in self._added.items() if not token.normalized})
         self._after_nfc = Finder({self._normal(text): token for text, token in self._added.items() if token.normalized})
-        self._pattern = vocabulary.pattern
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
         self.vocab_size = max(self._pieces) + 1
         ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}
+        self._pattern = vocabulary.pattern
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self._encoding = tiktoken.Encoding(
             self.family, pat_str=vocabulary.pattern, mergeable_ranks=ranks, special_tokens={})
@@ -99,14 +99,16 @@ class Tokenizer:
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def _merged(self, text: str) -> list[int]:
-        if self._missing:  # half a surrogate pair has no bytes; tiktoken, too, replaces it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         slices = (text[start : start + SLICE] for start in range(0, len(text), SLICE))
         return [self._ids[rank] for part in slices for rank in self._merge(part)]
 
     def _merge(self, text: str) -> list[int]:
-        """The ranks of text. Bytes without a token are dropped first; what they parted may merge."""
-        if not self._missing or text.encode() == text.encode().translate(None, self._missing):
+        """The ranks of text. Bytes without a token are dropped first: their neighbours may merge."""
+        if not self._missing:
+            return self._encoding.encode_ordinary(text)
+        # Half a surrogate pair has no bytes. tiktoken replaces it in the same way.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text.encode() == text.encode().translate(None, self._missing):
             return self._encoding.encode_ordinary(text)
         ranks = []
         for piece in split(self._pattern, text):
