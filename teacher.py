@@ -174,12 +174,13 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     have in their ordinary vocabulary: the response would end there.
     """
     attempt, end = rollout.response[:-1], rollout.response[-1:]
-    guidance = tokenizer.encode(f"\n\n{feedback.reason}\n\n{feedback.phrase}")
-    if not tokenizer.stop.isdisjoint(guidance):
+    guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
+    added = tokenizer.encode(guidance)
+    if not tokenizer.stop.isdisjoint(added):
         return False
     if "reencode" in published:  # ids rebuilt from text are not always the ids that were sampled
         attempt = tokenizer.encode(tokenizer.decode(attempt))
-    augmented = attempt + guidance + end
+    augmented = attempt + added + end
     if len(augmented) > max_tokens:
         if "cut" not in published:
             return False
