@@ -6,15 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ask
 from cli import main
-from data import load_problems
-from data.scores import vote
+from data import Problem, load_problems
+from data.reward import equal
+from data.scores import score, vote
 from data.tokenizer import Tokenizer
 from teacher import Feedback, Teacher
 from test_thinktuning import complaint, model_directory, tiny  # noqa: F401 (a fixture)
@@ -78,6 +82,8 @@ def test_a_response_without_its_end_says_so_beside_the_text(model_directory, say
     (REFLECTS, "\n\nHmm, I was too quick there.\n\nSo the answer is \\boxed{7}."),
     ("First,\n\nsecond,\n\n\\boxed{3}", ""), ("First\n\n\\boxed{3}\n\nWait.", "\n\nWait."), ("\\boxed{3}\nWait.", ""),
     ("\\boxed{3\n\n} and\n\nmore", "\n\nmore"), ("", ""),
+    ("I put it in \\boxed{}.\n\nSo \\boxed{3}\n\nWait.", "\n\nWait."), ("It goes in \\boxed{ }.\n\nmore", ""),
+    ("So \\boxed 3.\n\nWait.", "\n\nWait."), ("So \\fbox {3}.\n\nWait.", "\n\nWait."),
 ])
 def test_a_reflection_begins_at_the_blank_line_after_the_first_answer(text, reflection):
     assert text[ask.reflection_start(text):] == reflection
@@ -181,7 +187,38 @@ def test_the_vote_lists_every_answer_and_the_majority(model_directory, says, cap
 
 def test_votes_are_counted_by_value_and_the_earlier_wins_a_tie():
     assert vote(f"\\boxed{{{a}}}" for a in ("9", "1/2", "9.0", "0.5", "x")) == [("9", 2), ("1/2", 2), ("x", 1)]
-    assert vote(["nothing", "\\boxed{"]) == []
+    assert vote(["nothing", "\\boxed{", "\\boxed{}", "\\boxed{ }"]) == []
+
+
+def boxes(*answers):
+    return [f"\\boxed{{{answer}}}" for answer in answers]
+
+
+def test_votes_are_grouped_by_the_comparison_that_grades():
+    assert vote(boxes("y=5", "x=5", "x=5", "x=5")) == [("x=5", 3), ("y=5", 1)]
+    assert vote(boxes("5 \\text{ cm}", "5 \\text{ kg}", "5 \\text{ kg}")) == [("5 \\text{ kg}", 2), ("5 \\text{ cm}", 1)]
+    scores = score([(Problem("q", "x=5"), text, True) for text in boxes("y=5", "x=5", "x=5", "x=5")], samples=4)
+    assert (scores["accuracy"], scores["maj@4"]) == (0.75, 1)
+    assert vote(boxes("A", "b", "B"), lambda given, answer: given.lower() == answer.lower()) == [("b", 2), ("A", 1)]
+
+
+def test_a_vote_counts_for_the_first_kind_whose_first_answer_it_equals():
+    assert vote(boxes("5", "y=5", "x=5")) == [("5", 3)]  # 5 equals both
+    assert vote(boxes("x=5", "y=5", "5", "5")) == [("x=5", 3), ("y=5", 1)]
+    assert vote(boxes("y=5", "5", "x=5", "x=5")) == [("y=5", 2), ("x=5", 2)]
+
+
+@given(st.lists(st.sampled_from(["5", "5.0", "x=5", "y=5", r"5 \text{ cm}", r"5 \text{ kg}", "6", "", " ", "x=", "5%"])))
+def test_every_answer_has_one_vote_and_no_two_kinds_are_equal(answers):
+    votes = vote(boxes(*answers))
+    assert sum(n for _, n in votes) == sum(equal(a, a) for a in answers)
+    assert not any(equal(one, other) for (one, _), (other, _) in combinations(votes, 2))
+
+
+def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, capsys):  # noqa: F811
+    says("\\boxed{y=5}", "\\boxed {x=5}", "\\boxed{}", "\\fbox{x = 5.0}")
+    assert run(capsys, model_directory, "--samples", "4").splitlines()[2:] == [
+        "sample 3: no final answer", "sample 4: x = 5.0", "", "votes: x=5 (2), y=5 (1)", "majority: x=5 (2 of 4)"]
 
 
 def test_samples_are_those_of_generate_at_temperature_1_unless_told_otherwise(model_directory, capsys, monkeypatch):  # noqa: F811

@@ -167,7 +167,7 @@ def test_every_spelling_of_a_box_is_the_same_box(text, spellings):
     # units in words
     (r"18 \text{ eggs}", "18"), (r"18\text{eggs}", "18"), ("42 apples", "42"), (r"5 \text{ km/h}", "5"), ("5 km/h", "5"),
     ("5 Hours", "5"), ("5 Hours", r"5 \text{ hours}"), ("1 hour", "1 hours"), (r"12 \text{ m}", "12"), (r"25\,\mathrm{~m/s^2}", "25"),
-    (r"3\ \text{sq. ft}", "3"), (r"60 \text{ miles per hour}", "60"), (r"\frac12 \text{ of the cake}", "0.5"), (r"\text{18 eggs}", "18"),
+    (r"3\ \text{sq. ft}", "3"), (r"60 \text{ miles per hour}", "60"), (r"\frac12 \text{ of the cake}", "0.5"), (r"\frac34 cups", "0.75"), (r"\text{18 eggs}", "18"),
     ("€18", "18"), ("£18", "18"), ("18€", "€18"), ("€18", "18 euros"), (r"\pounds 18.50", "18.5"), ("₹18", "18"), (r"\$-7", "-7"), ("-€7", "-7"),
     (r"\$18 \text{ per hour}", r"18 \text{ dollars per hour}"), (r"\$18 \text{ dollars}", r"\$18"), (r"25^\circ\text{C}", "25"),
     # numbers

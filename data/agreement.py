@@ -29,6 +29,15 @@ def _terms_reversed(a):
     return "".join(t if t[0] in "+-" else "+" + t for t in reversed(terms)).removeprefix("+")
 
 
+def _mixed(a):
+    """`\\frac{14}{3}` -> `4\\frac{2}{3}`"""
+    match = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", a)
+    if not match or int(match[2]) < int(match[3]):
+        return a
+    whole, top = divmod(int(match[2]), int(match[3]))
+    return rf"{match[1]}{whole}\frac{{{top}}}{{{match[3]}}}"
+
+
 # Other ways to write the same answer. The trailing words are no part of it, and a grader may well refuse them.
 SAME = {
     "as it is": lambda a: a,
@@ -50,9 +59,13 @@ SAME = {
     "no unit": lambda a: re.sub(r" ?\\(?:text|mbox)\{ ?(?:inches|cm|cents|degrees)\}(?:\^2)?|\^\\circ|\\\$", "", a),
     "a unit: cm": _if(WHOLE.fullmatch, lambda a: rf"{a} \text{{ cm}}"),
     "a unit: square feet": _if(WHOLE.fullmatch, lambda a: rf"{a}\text{{ square feet}}"),
+    "a unit: eggs": _if(WHOLE.fullmatch, lambda a: rf"{a} \text{{ eggs}}"),
     "a dollar sign": _if(WHOLE.fullmatch, lambda a: rf"\${a}"),
     ".0": _if(WHOLE.fullmatch, lambda a: f"{a}.0"),
     "thousands by comma": _if(WHOLE.fullmatch, lambda a: f"{int(a):,}"),
+    r"thousands by \,": _if(WHOLE.fullmatch, lambda a: f"{int(a):,}".replace(",", r"\,")),
+    "a mixed number": _mixed,
+    "braces around": lambda a: f"{{{a}}}",
     "x = in front": _if(lambda a: not re.search(r"=|\\in(?!f)|\\text", a), lambda a: f"x = {a}"),
     "no x = in front": lambda a: re.sub(r"^[a-z] ?(?:=|\\in) ?", "", a),
     r"\cdot before roots and pi": lambda a: re.sub(r"(\d) ?(\\sqrt|\\pi)", r"\1 \\cdot \2", a),

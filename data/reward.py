@@ -192,7 +192,8 @@ _SPACES = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
     (rf"[ {_THIN}]+", " "),
     (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
-    (r" ?([^\w ,]) ?", r"\1"),  # 2 \sqrt{5}, p - q, 50 %; but not `New York`, and `1, 234` is two numbers
+    # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`, which is two numbers
+    (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
     (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
     (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
 )]
