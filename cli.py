@@ -27,7 +27,7 @@ def run(args) -> int:
     except (ValueError, OSError) as error:
         return complain(error, 2)
     except RuntimeError as error:
-        return complain(trouble(error, {"memory": "end what else runs there, or take a larger device"}), 1)
+        return complain(trouble(error, {}), 1)
     try:
         job()
     except (OSError, RunFailed) as error:
@@ -47,9 +47,11 @@ TROUBLE = {  # what torch's own errors say on a GPU, on a CPU, and of several pr
 
 def trouble(error: RuntimeError, advice: dict) -> str:
     """One sentence for an error of torch's that is no fault of the program; all others go on."""
+    known = {"memory": "end what else runs on the device, or take a larger one",
+             "again": "start again"}
     for telling, sentence in TROUBLE.items():
         if telling in str(error):
-            return sentence.format_map({"again": "start again", **advice})
+            return sentence.format_map({**known, **advice})
     raise error
 
 
@@ -82,7 +84,8 @@ def prepare_train(args):
     config = chosen(args, before)
     config.check()
     sinks.check(args.sinks)
-    check_used(args, config)
+    if not before:
+        check_used(args, config)
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)
@@ -91,18 +94,20 @@ def prepare_train(args):
     config = plan.fit(config, sizes, device, free, resumed=bool(before))
     # Of several processes the parts are the masters themselves.
     student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
-    problems = fitting(load_problems(args.data, "train"), student, tokenizer, config, args.data, config.max_prompt)
+    room = config.max_tokens, config.max_prompt
+    problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
     config = replace(config, schedule_steps=config.schedule_steps or config.steps)
     if world.is_first:
         print(plan.describe(config, sizes, device, free) + told_longer(config, before))
     validation = []
     if args.eval_data:
-        validation = fitting(load_problems(args.eval_data, "test"), student, tokenizer, config, args.eval_data,
-                             config.max_prompt)
+        validation = load_problems(args.eval_data, "test")
+        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
         validation = validation[: config.eval_count or None]
     teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
-    named = {name: getattr(args, name) for name in ("model", "data", "dtype", *KEPT)}
+    names = [name for name in ("model", "data", *KEPT) if getattr(args, name) is not None]
+    named = {name: getattr(args, name) for name in names}
     run = Run(out, {**named, **asdict(config)}, config.method, args.resume, world, args.sinks)
     args.again = ("--resume goes on" if config.save_every else
                   "it cannot be resumed, because --save-every 0 kept no checkpoint")
@@ -127,7 +132,8 @@ def prepare_train(args):
     return job
 
 
-KEPT = ("preset", "teacher", "eval_data")  # flags of train that are in config.json beside Config's
+DTYPES = ("auto", "float32", "bfloat16")
+KEPT = ("dtype", "preset", "teacher", "eval_data")  # flags of train that are no settings of Config
 
 
 def chosen(args, before: dict) -> Config:
@@ -137,8 +143,10 @@ def chosen(args, before: dict) -> Config:
     micro-batch (another would round differently), the steps, those of the schedule.
     """
     for name in KEPT:
-        if getattr(args, name) is None and isinstance(before.get(name), str):
+        if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
             setattr(args, name, before[name])
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype!r}")
     args.preset = args.preset or "paper"
     # Only the demonstration itself saves nothing.
     preset = {**DEMO, "save_every": Config.save_every} if args.preset == "demo" else {}
@@ -196,7 +204,7 @@ def load_model(path, device, dtype):
     return model, tokenizer
 
 
-def fitting(problems: list, model, tokenizer, config, source, limit=None) -> list:
+def fitting(problems: list, model, tokenizer, source, max_tokens: int, limit=None) -> list:
     """The problems whose prompt leaves room for an answer; says how many were dropped.
 
     `limit`: tokens of a prompt, beside the model's context.
@@ -204,24 +212,25 @@ def fitting(problems: list, model, tokenizer, config, source, limit=None) -> lis
     from thinktuning import student_prompt
 
     context = model.config.max_seq_len
-    room = min(limit or context, context - config.max_tokens)
+    room = min(limit or context, context - max_tokens)
     lengths = [len(student_prompt(tokenizer, p.question)) for p in problems]
     kept = [p for p, length in zip(problems, lengths) if length <= room]
     if not kept:
-        raise ValueError(f"{source}: no question fits; {make_room(min(lengths), context, config, limit)}")
+        how = make_room(min(lengths), context, max_tokens, limit)
+        raise ValueError(f"{source}: no question fits; {how}")
     if len(kept) < len(problems):
         dropped = len(problems) - len(kept)
         print(f"{source}: dropped {dropped} of {len(problems)} questions longer than {room} tokens")
     return kept
 
 
-def make_room(shortest: int, context: int, config, limit) -> str:
+def make_room(shortest: int, context: int, max_tokens: int, limit: int | None) -> str:
     """What to do so that a prompt of `shortest` tokens fits the model and the limit."""
     told = f"the shortest prompt has {shortest} tokens and the model's context {context}"
     if shortest >= context:
         return f"{told}: give shorter questions, or a model with a longer context"
     flags = []
-    if config.max_tokens > context - shortest:
+    if max_tokens > context - shortest:
         flags.append(f"lower --max-tokens to {context - shortest} or less")
     if limit and shortest > limit:
         flags.append(f"raise --max-prompt to {shortest} or more")
@@ -239,7 +248,8 @@ def prepare_eval(args):
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
     problems = load_problems(args.data, args.split or "test")
-    problems = fitting(problems, model, tokenizer, Config(max_tokens=max_tokens), args.data)[: args.count or None]
+    problems = fitting(problems, model, tokenizer, args.data, max_tokens)
+    problems = problems[: args.count or None]
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     args.memory = "lower --rows or --max-tokens"
 
@@ -280,8 +290,10 @@ def prepare_ask(args):
     teacher = None
     if asks_teacher:
         theirs, their_tokenizer = load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
-        reply = min(Config.teacher_reply, theirs.config.max_seq_len * 3 // 8)
-        teacher = make_teacher(theirs, their_tokenizer, Config(teacher_reply=reply))
+        longest = theirs.config.max_seq_len
+        reply = min(Config.teacher_reply, longest * 3 // 8)
+        settings = Config(teacher_reply=reply, teacher_prompt=longest)
+        teacher = make_teacher(theirs, their_tokenizer, settings)
     return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)
 
 
@@ -348,7 +360,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="directory with config.json, model.safetensors and a tokenizer")
     common.add_argument("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
-    common.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+    common.add_argument("--dtype", default="auto", choices=DTYPES,
                         help="of the weights in memory; training bfloat16 keeps a float32 master copy "
                         "(float32 on a cpu, else bfloat16)")
 
@@ -364,7 +376,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
                    help="go on from the run directory's newest checkpoint, if there is one; settings left out stay what "
                    f"they were, and only these may change: {', '.join(sorted(map(flag, MAY_CHANGE)))} (no fewer steps)")
     t.add_argument("--verbose", action="store_true", help="say how many decoding steps were recorded")
-    t.add_argument("--preset", choices=("paper", "demo"), help="where the settings below start from (paper)")
+    t.add_argument("--preset", choices=("paper", "demo"), help="where the settings below start from (paper); "
+                   "demo: what a model of the demonstration can take")
     for name, title in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
         t.add_argument(f"--{name}", dest="sinks", action="append_const", const=name, default=[],
                        help=f"the metrics to {title} as well (pip install {name})")

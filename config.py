@@ -30,8 +30,11 @@ class Config:
     seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
     steps: int = option(0, "run", "training steps; 0 is one epoch; may be raised on --resume",
                         least=0, most=10**9, may_change=True)
-    eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
-    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
+    eval_every: int = option(0, "run",
+                             "steps between evaluations while training; 0 is only at the end",
+                             least=0, may_change=True)
+    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all",
+                             least=0, may_change=True)
     save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True)
     keep: int = option(2, "run", "checkpoints kept", least=1, may_change=True)
     questions: int = option(128, "rollouts", "B, questions a step", least=1)
@@ -98,8 +101,9 @@ class Config:
                              "lower --p-min or raise --p-init")
 
 
-# What a resumed run may have otherwise: where its steps end and what it costs, not what a step does.
-MAY_CHANGE = frozenset(f.name for f in fields(Config) if f.metadata.get("may_change"))
+# What a resumed run may have otherwise: where its steps end, what they cost and who looks at them,
+# not what a step does.
+MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
 
 DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
             teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False,
