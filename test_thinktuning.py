@@ -563,6 +563,7 @@ def test_whoever_follows_the_advice_about_length_gets_an_answer(model_directory,
     of_ask = ["ask", "--model", model_directory, question]
     assert f"lower --max-tokens to {256 - n} or less" in complaint(capsys, *of_ask, "--max-tokens", 255)
     assert main([str(a) for a in (*of_ask, "--max-tokens", 256 - n)]) == 0
+    capsys.readouterr()
     err = complaint(capsys, "ask", "--model", model_directory, question * 20, "--max-tokens", 5)
     assert err.endswith("leaves 0 tokens of the model's context of 256: shorten it\n")
 
@@ -578,6 +579,7 @@ def test_a_teacher_without_room_for_its_exemplars_says_what_would_help(llama_dir
     assert "the teacher's exemplars take" in err and advice in err and "give a teacher with a longer context" in err
     assert "--teacher-prompt" not in err
     assert main(["ask", "--model", str(short), "How many?", "--max-tokens", "5", "--teacher-model", str(llama_directory)]) == 0
+    capsys.readouterr()
     err = complaint(capsys, "train", "--model", llama_directory, "--data", "wordproblems", "--teacher-prompt", 900, "--rows", 2,
                     "--out", tmp_path / "run")
     assert "raise --teacher-prompt well above" in err
