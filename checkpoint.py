@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import RunFailed
+from config import MAY_CHANGE, RunFailed
 from distributed import full, like
 from files import read_json, regular
 from weights import tensor_shapes
@@ -55,7 +55,7 @@ def save(directory: Path, step: int, student, optimizer, config: dict, keep: int
         shutil.rmtree(new, ignore_errors=True)
         last = max(directory.glob("step-*"), default="none")
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); the last one is {last}: "
-                      "make room and go on with --resume") from None
+                      "mend that and go on with --resume") from None
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -76,7 +76,7 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
         load_tensors(path, student, optimizer)
         return step
     if found:
-        raise RunFailed(f"no checkpoint in {directory} is whole: start anew in another directory")
+        raise RunFailed(f"no checkpoint in {directory} is whole: start anew with another --out")
     print(f"there is no checkpoint in {directory}: starting at the first step", file=sys.stderr)
     return 0
 
@@ -108,7 +108,9 @@ def check_tensors(path: Path, student, optimizer) -> None:
 
 
 def hash_of(config: dict) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    """Of all that makes the steps what they are."""
+    fixed = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def weights(student, optimizer) -> dict:

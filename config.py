@@ -14,6 +14,10 @@ class RunFailed(Exception):
     """The run cannot go on; the message says what was seen."""
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def option(default, group, help, **more):
     return field(default=default, metadata={"group": group, "help": help, **more})
 
@@ -24,27 +28,34 @@ class Config:
 
     method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
     seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
-    steps: int = option(0, "run", "training steps; 0 is one epoch", least=0, most=10**9)
-    eval_every: int = option(0, "run", "steps between evaluations while training; 0 is only at the end", least=0)
-    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all", least=0)
-    save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0)
-    keep: int = option(2, "run", "checkpoints kept", least=1)
+    steps: int = option(0, "run", "training steps; 0 is one epoch; may be raised on --resume",
+                        least=0, most=10**9, may_change=True)
+    eval_every: int = option(0, "run",
+                             "steps between evaluations while training; 0 is only at the end",
+                             least=0, may_change=True)
+    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all",
+                             least=0, may_change=True)
+    save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True)
+    keep: int = option(2, "run", "checkpoints kept", least=1, may_change=True)
     questions: int = option(128, "rollouts", "B, questions a step", least=1)
     samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
     max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
     max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
-    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)", least=1)
+    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)",
+                       least=1, may_change=True)
     length_cost: float = option(0.0, "rollouts", "once the teacher is gone, a right answer of n tokens earns 1 - this * n / L",
                                 least=0, most=1)
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
-    micro_batch: int = option(0, "update", "tokens of one forward pass (memory; changes no result); 0 is as many as fit", least=0)
-    recompute: bool = option(True, "update", "activations are computed again in the backward pass instead of kept (memory)")
+    micro_batch: int = option(0, "update", "tokens of one forward pass (memory; changes no result); 0 is as many as fit",
+                              least=0, may_change=True)
+    recompute: bool = option(True, "update", "activations are computed again in the backward pass instead of kept (memory)",
+                             may_change=True)
     learning_rate: float = option(1e-6, "update", "constant", above=0)
     weight_decay: float = option(0.01, "update", "of AdamW", least=0)
-    beta1: float = option(0.9, "update", "of AdamW", least=0)
-    beta2: float = option(0.999, "update", "of AdamW", least=0)
+    beta1: float = option(0.9, "update", "of AdamW", least=0, below=1)
+    beta2: float = option(0.999, "update", "of AdamW", least=0, below=1)
     max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
     clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
@@ -58,6 +69,8 @@ class Config:
     guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
     schedule: str = option("linear", "teacher", "decay of p over the first third",
                            choices=("constant", "linear", "cosine", "exp"))
+    schedule_steps: int = option(0, "teacher", "steps whose first third that is; 0 is --steps as the run begins, "
+                                 "and stays that if --resume raises --steps", least=0, most=10**9)
     p_init: float = option(0.1, "teacher", "share of a group that is guided at first", least=0, most=1)
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1)
@@ -72,20 +85,25 @@ class Config:
     def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""
         for f in fields(self):
-            value, limits, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")
+            value, limits, name = getattr(self, f.name), f.metadata, flag(f.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag} must be a finite number, not {value}")
+                raise ValueError(f"{name} must be a finite number, not {value}")
             if limits.get("choices") and value not in limits["choices"]:
-                raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
             for bound, bad, words in (("least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
-                                      ("most", lambda v, b: v > b, "at most")):
+                                      ("most", lambda v, b: v > b, "at most"), ("below", lambda v, b: v >= b, "below")):
                 if bound in limits and bad(value, limits[bound]):
-                    raise ValueError(f"{flag} must be {words} {limits[bound]}, not {value}")
+                    raise ValueError(f"{name} must be {words} {limits[bound]}, not {value}")
         if unknown := self.published_items - set(PUBLISHED):
             raise ValueError(f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}")
         if self.p_min > self.p_init:
-            raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}: the share of help can only fall")
+            raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help can only fall: "
+                             "lower --p-min or raise --p-init")
 
+
+# What a resumed run may have otherwise: where its steps end, what they cost and who looks at them,
+# not what a step does.
+MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
 
 DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
             teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False,
@@ -101,4 +119,4 @@ def add_config_flags(p):
         kind = {"type": type(f.default), "choices": m.get("choices")}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind)
+        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind)

@@ -36,7 +36,11 @@ class World:
         if size == 1:
             return cls()
         if device.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if place >= devices:
+                raise ValueError(f"this machine has {devices} GPUs and more processes: "
+                                 f"lower --nproc-per-node to {devices}")
+            torch.cuda.set_device(place)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=minutes))
         return cls(dist.get_rank(), size, dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config
+from config import MAY_CHANGE, Config, flag
 from grpo import slice_size
 from model import LM, ModelConfig
 from sampler import PREFILL
@@ -20,6 +20,8 @@ GIB = 1 << 30
 USABLE = 0.9  # of what is free
 GAPS = 1.3  # freed pieces that fit nothing new: by how much they enlarge an update's work, on a CPU (test_plan.py)
 LARGEST_MICRO_BATCH = 1 << 16
+LEAST = {"rows": 1, "micro_batch": 1, "max_tokens": 1, "max_prompt": 1, "teacher_reply": 1,
+         "teacher_prompt": 1500}  # the advice never goes lower: the exemplars alone take about 1,000
 
 
 @dataclass
@@ -100,8 +102,11 @@ def peak(parts: dict[str, int]) -> int:
     return sum(b for k, b in parts.items() if k not in phases) + max(parts.get(k, 0) for k in phases)
 
 
-def fit(config: Config, sizes: Sizes, device, free: int) -> Config:
-    """The configuration with its micro-batch chosen, where that is open. Raises ValueError if the run cannot fit."""
+def fit(config: Config, sizes: Sizes, device, free: int, resumed=False) -> Config:
+    """The configuration with its micro-batch chosen, where that is open. Raises ValueError if the run cannot fit.
+
+    The message names what helps most, of a `resumed` run only what may still change.
+    """
     usable = int(USABLE * free)
     smallest = config.max_prompt + config.max_tokens  # one rollout
     chosen = config
@@ -113,20 +118,45 @@ def fit(config: Config, sizes: Sizes, device, free: int) -> Config:
     needed = peak(memory(chosen, sizes))
     if needed <= usable:
         return chosen
-    savings = {flag: needed - peak(memory(smaller, less)) for flag, smaller, less in economies(chosen, sizes)}
-    first, second = sorted(savings, key=savings.get, reverse=True)[:2]
-    raise ValueError(f"the run needs about {needed / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; what helps most is "
-                     f"{first} (saves {savings[first] / GIB:.1f} GiB) and {second} ({savings[second] / GIB:.1f} GiB)")
+    raise ValueError(f"the run needs about {needed / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; "
+                     + advice(chosen, sizes, usable, resumed))
 
 
-def economies(config: Config, sizes: Sizes):
+def advice(config: Config, sizes: Sizes, usable: int, resumed: bool) -> str:
+    """What a reader can do about a run that needs more than `usable` bytes."""
+    least = least_memory(config, sizes, resumed)
+    if least > usable:
+        return (f"the smallest settings still need {least / GIB:.1f} GiB: take a device with more memory"
+                + " or a smaller model" * (not resumed))
+    needed = peak(memory(config, sizes))
+    savings = {way: needed - peak(memory(smaller, less))
+               for way, smaller, less in economies(config, sizes, resumed)}
+    best = sorted(savings, key=savings.get, reverse=True)[:2]
+    told = [f"{way} (saves {savings[way] / GIB:.1f} GiB)" for way in best if savings[way] > 0]
+    return "what helps most is " + (" and ".join(told) or " together with ".join(best))
+
+
+def economies(config: Config, sizes: Sizes, resumed=False):
     """(flag, configuration, sizes) of each way to need less."""
-    for name in ("rows", "max_tokens", "max_prompt", "micro_batch", "teacher_prompt", "teacher_reply"):
-        half = max(1, getattr(config, name) // 2)
-        yield f"--{name.replace('_', '-')} {half}", replace(config, **{name: half}), sizes
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        half = max(value // 2, least)
+        if half < value and (name in MAY_CHANGE or not resumed):
+            yield f"{flag(name)} {half}", replace(config, **{name: half}), sizes
     yield "--recompute", replace(config, recompute=True), sizes
-    yield "--kl-coef 0", replace(config, kl_coef=0.0), sizes
-    yield "--dtype bfloat16", config, replace(sizes, dtype=torch.bfloat16)
+    if not resumed:
+        yield "--kl-coef 0", replace(config, kl_coef=0.0), sizes
+        yield "--dtype bfloat16", config, replace(sizes, dtype=torch.bfloat16)
+
+
+def least_memory(config: Config, sizes: Sizes, resumed=False) -> int:
+    """What no economy can save: every size is 1."""
+    ones = {name: 1 for name in LEAST if name in MAY_CHANGE or not resumed}
+    config = replace(config, **ones, recompute=True)
+    if resumed:
+        return peak(memory(config, sizes))
+    config = replace(config, kl_coef=0.0)
+    return min(peak(memory(config, replace(sizes, dtype=dtype))) for dtype in (sizes.dtype, torch.bfloat16))
 
 
 def describe(config: Config, sizes: Sizes, device, free: int) -> str:

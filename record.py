@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoint
-from config import RunFailed
+from config import MAY_CHANGE, RunFailed
 from data.reward import is_correct
 from data.scores import reflects
 from distributed import World
@@ -50,6 +50,9 @@ class Run:
         writable(self.path)
         self.lock = lock(self.path / "lock")
         stored = self.path / "config.json"
+        if resume and (steps := steps_without_checkpoint(self.path)):
+            raise ValueError(f"{self.path} holds {steps} steps but no checkpoint, so --resume would begin "
+                             "again and delete them: give another --out")
         if resume and stored.exists():
             same_settings(stored, config)
         else:
@@ -66,8 +69,9 @@ class Run:
             history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
             needed = ("skipped", "teacher_asked", "teacher_parsed")
             if any(type(m.get(key)) not in (int, float) for m in history for key in needed):
-                raise RunFailed(f"{self.files[0]} is not what a run writes: start anew in another directory")
+                raise RunFailed(f"{self.files[0]} is not what a run writes: start anew with another --out")
             if self.is_first:
+                write_json(self.path / "config.json", self.config)  # what may change may have changed
                 self.close()
                 self.metrics, self.transcripts = (open(file, "a") for file in self.files)
         if self.is_first:
@@ -102,12 +106,29 @@ class Run:
 
 
 def same_settings(path: Path, config: dict):
-    """Raises ValueError, naming what differs, unless the run to be resumed has the settings in the file."""
+    """Raises ValueError, naming what differs, unless the run to be resumed has the settings in the file.
+
+    MAY_CHANGE may differ, but no run is made shorter than it was.
+    """
     before, now = read_json(path), json.loads(json.dumps(config))
-    if changed := [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
+    keys = sorted((before.keys() | now.keys()) - MAY_CHANGE)
+    changed = [k for k in keys if before.get(k) != now.get(k)]
+    if type(before.get("steps")) is int and now.get("steps", 0) < before["steps"]:
+        changed.append("steps")
+    if changed:
         told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-        raise ValueError(f"{path.parent} is a run with other settings ({told}): give the same ones to resume it, "
-                         "or another --out")
+        raise ValueError(f"{path.parent} is a run with other settings ({told}): give them as they were to "
+                         "resume it, or another --out")
+
+
+def steps_without_checkpoint(path: Path) -> int:
+    """How many steps a run has recorded of which it kept no checkpoint, more than a crash can leave behind."""
+    metrics, stored = path / "metrics.jsonl", path / "config.json"
+    if not metrics.exists() or any((path / "checkpoint").glob("step-*")):
+        return 0
+    steps = regular(metrics).read_text(errors="replace").count("\n")
+    every = read_json(stored).get("save_every") if stored.exists() else 0
+    return steps if type(every) is not int or steps > every else 0
 
 
 def write_json(path: Path, content) -> None:

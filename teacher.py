@@ -104,8 +104,18 @@ class Teacher:
             self.prefix_ids = self.prompt("", "")
             if len(self.prefix_ids) > self.max_prompt:
                 raise ValueError(f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the "
-                                 f"{self.max_prompt} its prompt may have; raise --teacher-prompt or use a longer context")
+                                 f"{self.max_prompt} its prompt may have: {self.more_room()}")
             self.prefix, _ = prefill(model, [self.prefix_ids])
+
+    def more_room(self) -> str:
+        """What to do so that the exemplars fit; `ask` has the last of these three alone."""
+        needed, context = len(self.prefix_ids), self.model.config.max_seq_len
+        if needed < context - self.max_tokens:
+            return f"raise --teacher-prompt well above {needed}"
+        longer = "give a teacher with a longer context"
+        if needed < context:
+            return f"lower --teacher-reply of train well below {context - needed}, or {longer}"
+        return longer
 
     def prompt(self, question: str, response: str) -> list[int]:
         """The one place where a teacher's prompt is made."""

@@ -608,6 +608,36 @@ def test_json_is_a_list_or_one_object_a_line(tmp_path):
     assert load_problems(listed) == load_problems(lines) == [("p", "1"), ("q", "2")]
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.json", "P.Json"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_and_lines_are_read_whatever_the_file_is_called(tmp_path, name, indent):
+    entries = [{"question": "p", "answer": "1"}, {"question": "q", "answer": 2}]
+    assert load_problems(write(tmp_path / name, *entries)) == [("p", "1"), ("q", "2")]
+    assert load_problems(write(tmp_path / name, json.dumps(entries, indent=indent))) == [("p", "1"), ("q", "2")]
+
+
+@pytest.mark.parametrize("entry, answer", [
+    ({"problem": "p", "solution": r"Half of 6 is $\boxed{3}$."}, "3"),
+    ({"problem": "p", "solution": r"First \boxed{4}, but no: \boxed{\frac{1}{2}}. Done."}, r"\frac{1}{2}"),
+    ({"question": "p", "solution": r"\boxed{ 7 }"}, "7"),
+    ({"problem": "p", "answer": None, "solution": r"\boxed{8}"}, "8"),
+    ({"problem": "p", "answer": "9", "solution": r"\boxed{8}"}, "9"),
+])
+def test_the_answer_of_a_solution_is_its_last_box(tmp_path, entry, answer):
+    assert load_problems(write(tmp_path / "p.jsonl", entry)) == [("p", answer)]
+
+
+def test_the_boxes_of_the_math500_solutions_are_its_answers(tmp_path):
+    path = SHARED / "math500" / "test.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    problems = load_problems(str(path))
+    solutions = [{"problem": e["problem"], "solution": e["solution"]} for e in json.loads(path.read_text(encoding="utf-8"))]
+    boxed_ones = load_problems(write(tmp_path / "p.jsonl", *solutions))
+    assert [p.question for p in boxed_ones] == [p.question for p in problems]
+    assert all(is_correct(boxed(ours.answer), theirs.answer) for ours, theirs in zip(boxed_ones, problems))
+
+
 def test_a_byte_order_mark_and_a_path_object_are_fine(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "1"}\r\n')
@@ -622,6 +652,12 @@ GOOD = '{"question": "q", "answer": "1"}'
     ("[1, 2]", "not an object"), ('"text"', "not an object"), ("null", "not an object"),
     ('{"answer": "1"}', 'no "question"'), ('{"question": "q"}', 'no "answer"'),
     ('{"question": "q", "answer": null}', 'no "answer"'),
+    (r'{"problem": "q", "solution": "It is 7."}', 'no \\boxed{...} in its "solution"'),
+    (r'{"problem": "q", "solution": "It is \\boxed{7"}', 'no \\boxed{...} in its "solution"'),
+    (r'{"problem": "q", "solution": "It is \\boxed{ }"}', 'no \\boxed{...} in its "solution"'),
+    ('{"problem": "q", "solution": ["7"]}', '"solution" is empty or not text'),
+    ('{"problem": "q", "solution": null}', 'no "solution"'),
+    ('{"data": [{"question": "q", "answer": "1"}]}', 'no "question"'),
     ('{"question": "q", "answer": ""}', '"answer" is empty'),
     ('{"question": " ", "answer": "1"}', '"question" is empty'),
     ('{"question": 5, "answer": "1"}', '"question" is empty or not text'),
@@ -649,6 +685,10 @@ def test_a_bad_item_of_a_list_is_named(tmp_path):
         load_problems(path)
     with pytest.raises(ValueError, match="not JSON .* at line 2, column"):
         load_problems(write(tmp_path / "broken.json", "[", GOOD))
+    with pytest.raises(ValueError, match=r"lists.jsonl: not JSON \(Extra data at line 2.*one object on each line, or all of them in"):
+        load_problems(write(tmp_path / "lists.jsonl", '["q", "1"]', '["q", "2"]'))
+    with pytest.raises(ValueError, match="object.json, line 1: not JSON .* one object on each line, or all of them in one list"):
+        load_problems(write(tmp_path / "object.json", json.dumps({"data": [json.loads(GOOD)]}, indent=2)))
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -681,12 +721,12 @@ def test_unknown_sources_and_splits_list_what_is_known():
 
 
 JSON = ['{"question":', '{"problem":', '"answer":', '"q"', ",", "}", "[", "]", "\n", "1",
-        "1e999", '"\\ud800"', '"####"', "null"]
+        "1e999", '"\\ud800"', '"####"', "null", '"solution":', r'"\\boxed{1}"']
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200) | st.lists(st.sampled_from(JSON), max_size=12).map("".join).map(str.encode),
-       st.sampled_from([".json", ".jsonl"]))
+       st.sampled_from([".json", ".jsonl", ".JSONL"]))
 def test_any_bytes_give_problems_or_one_sentence(tmp_path_factory, content, suffix):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)

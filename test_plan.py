@@ -1,5 +1,6 @@
 """What a run is said to need: counted from the models themselves, and against what a process really takes."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,11 +84,44 @@ def test_the_refusal_reaches_the_user_before_anything_is_loaded(tmp_path, capsys
     torch.manual_seed(0)
     LM(ModelConfig(300, 32, 2, 2, 1, 16, 64)).save(tmp_path / "model")
     monkeypatch.delattr(LM, "load")
-    monkeypatch.setattr(plan, "free_memory", lambda device: 1 << 20)
-    assert main(["train", "--model", str(tmp_path / "model"), "--data", "wordproblems", "--out", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "GiB" in error and error.count("--") == 2
+    command = ["train", "--model", str(tmp_path / "model"), "--data", "wordproblems", "--out", str(tmp_path / "run")]
+    for free, flags, words in ((1 << 28, 2, "what helps most is --"), (1 << 20, 0, "take a device with more memory or a smaller model")):
+        monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "GiB" in error and error.count("--") == flags and words in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("half_precision", [False, True])
+def test_whoever_follows_the_advice_arrives(resumed, half_precision, monkeypatch):
+    """From far too little memory, again and again what the message names first: it fits, or the message says it cannot."""
+    sizes = Sizes(SMALL, SMALL, torch.bfloat16 if half_precision else torch.float32)
+    count = plan.parameters(SMALL)
+    monkeypatch.setattr(plan, "parameters", lambda config: count)  # hundreds of times
+    least = plan.least_memory(Config(micro_batch=8192, kl_coef=0.1), sizes, resumed)
+    for free, can_fit in ((int(1.2 * least / USABLE), True), (int(0.99 * least / USABLE), False)):
+        config, changed = Config(micro_batch=8192, kl_coef=0.1, recompute=False), sizes
+        for _ in range(60):
+            try:
+                fit(config, changed, "cuda", free, resumed)
+                assert can_fit
+                break
+            except ValueError as error:
+                message = str(error)
+            if not can_fit:
+                assert "take a device with more memory" in message and ("smaller model" in message) != resumed
+                break
+            ways = {flag: rest for flag, *rest in plan.economies(config, changed, resumed)}
+            named = [flag for flag in ways if re.search(rf"{re.escape(flag)}( |$)", message)]
+            assert 1 <= len(named) <= 2
+            flags = {flag.split()[0] for flag in named}
+            assert not resumed or flags <= {"--rows", "--micro-batch", "--recompute"}
+            config, changed = ways[min(named, key=message.find)]
+            assert config.teacher_prompt >= 1500
+        else:
+            raise AssertionError(message)
 
 
 def test_free_memory_is_a_number_of_this_machine():

@@ -21,10 +21,12 @@ from data import tokenizer
 from grpo import MasterAdamW
 from model import LM, ModelConfig
 from record import Run
-from teacher import Feedback, Teacher
+from teacher import Feedback, Teacher, guidance_fraction
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 6
+SETTINGS = ("--steps", str(STEPS), "--questions", "3", "--samples", "4", "--max-tokens", "10", "--mini-batch", "2",
+            "--learning-rate", "1e-2", "--teacher-reply", "20", "--teacher-prompt", "100", "--max-prompt", "100", "--save-every", "2")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,9 @@ def start(tmp_path_factory):
     return path
 
 
-def child(start, out, *flags, before=lambda: None, kill_after=None, wait=True) -> int:
+def child(start, out, *flags, before=lambda: None, kill_after=None, wait=True, settings=SETTINGS) -> int:
     """Run the command in a forked process; its exit status, or minus the signal that ended it (its number if not waited for)."""
-    argv = ["train", "--model", str(start), "--data", "wordproblems", "--out", str(out), "--resume", "--steps", str(STEPS),
-            "--questions", "3", "--samples", "4", "--max-tokens", "10", "--mini-batch", "2", "--learning-rate", "1e-2",
-            "--teacher-reply", "20", "--teacher-prompt", "100", "--max-prompt", "100", "--save-every", "2", *flags]
+    argv = ["train", "--model", str(start), "--data", "wordproblems", "--out", str(out), "--resume", *settings, *flags]
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -91,16 +91,22 @@ def steps_of(out):
     return sorted(int(p.name.removeprefix("step-")) for p in (out / "checkpoint").glob("step-*"))
 
 
-def test_an_interrupted_and_resumed_run_is_the_undisturbed_one(start, undisturbed, tmp_path):
-    out = tmp_path / "run"
+def signal_after(steps, number=signal.SIGTERM):
+    """What a child does before it begins, so that it gets a signal once so many steps are done."""
     log = Run.log
 
-    def stop_at_step_3(run, metrics, *rest):
+    def log_and_signal(run, metrics, *rest):
         log(run, metrics, *rest)
-        if metrics["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if metrics["step"] + 1 == steps:
+            os.kill(os.getpid(), number)
 
-    assert child(start, out, before=lambda: setattr(Run, "log", stop_at_step_3)) == 0
+    return lambda: setattr(Run, "log", log_and_signal)
+
+
+def test_an_interrupted_and_resumed_run_is_the_undisturbed_one(start, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    assert child(start, out, before=signal_after(3)) == 0
+    assert "stopped; --resume goes on" in (tmp_path / "run.log").read_text()
     assert steps_of(out) == [2, 3] and len(open(out / "metrics.jsonl").readlines()) == 3
     with open(out / "metrics.jsonl", "a") as file:  # lines of steps that no checkpoint holds, the last one torn
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
@@ -116,6 +122,64 @@ def test_other_settings_are_not_resumed(start, undisturbed, tmp_path):
     assert child(start, out, "--clip", "0.3") == 2
     assert "clip was 0.2 and is 0.3" in (tmp_path / "run.log").read_text()
     assert outcome(out) == undisturbed[0]
+
+
+def test_flags_that_are_left_out_on_resume_are_the_runs_own(start, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    assert child(start, out, before=signal_after(3)) == 0
+    assert child(start, out, settings=()) == 0
+    assert outcome(out) == undisturbed[0]
+    assert child(start, out, "--preset", "demo", settings=()) == 2
+    assert "preset was 'paper' and is 'demo'" in (tmp_path / "run.log").read_text()
+    assert child(start, out, "--teacher", str(start / "other"), settings=()) == 2
+
+
+def test_what_changes_no_result_may_change_on_resume(start, undisturbed, tmp_path):
+    out, changed = tmp_path / "run", {"rows": 2, "micro_batch": 150, "recompute": False, "save_every": 3, "keep": 1}
+    assert child(start, out, before=signal_after(3)) == 0
+    flags = ["--rows", "2", "--micro-batch", "150", "--no-recompute", "--save-every", "3", "--keep", "1"]
+    assert child(start, out, *flags, before=signal_after(5)) == 0
+    for _ in range(2):
+        assert {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k in changed} == changed
+        assert child(start, out, settings=()) == 0  # they have become the run's own
+    weights, metrics, transcripts = outcome(out)
+    assert steps_of(out) == [6] and len(metrics) == STEPS
+    for ours, theirs in zip(metrics, undisturbed[0][1]):  # but for what is added up in another order
+        assert {k: ours[k] for k in ("reward", "mean_length", "guided")} == {k: theirs[k] for k in ("reward", "mean_length", "guided")}
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_more_steps_go_on_with_the_schedule_that_the_run_began_with(start, undisturbed, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    longer = ("--steps", "8", "--schedule-steps", str(STEPS))
+    assert child(start, whole, *longer) == 0
+    assert child(start, out) == 0 and outcome(out) == undisturbed[0]
+    assert child(start, out, "--steps", "60", before=signal_after(8), settings=()) == 0
+    said = (tmp_path / "run.log").read_text()
+    assert f"60 steps instead of {STEPS}; the teacher's share p_s stays that of a run of {STEPS} steps" in said
+    assert outcome(out) == outcome(whole)
+    # By the schedule of 60 steps the teacher, gone since step 1, would have come back.
+    assert guidance_fraction(7, 60) > 0
+    assert [m["fraction"] > 0 for m in outcome(out)[1]] == [guidance_fraction(step, STEPS) > 0 for step in range(8)]
+    assert child(start, out, "--steps", "59", settings=()) == 2
+    assert "steps was 60 and is 59" in (tmp_path / "run.log").read_text()
+
+
+def test_a_run_without_checkpoints_says_so_and_loses_nothing_on_resume(start, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "run.log"
+    assert child(start, out, "--save-every", "0", before=signal_after(2)) == 0
+    assert "stopped; it cannot be resumed, because --save-every 0 kept no checkpoint" in log.read_text()
+    assert "--resume goes on" not in log.read_text()
+    recorded = (out / "metrics.jsonl").read_bytes()
+    assert child(start, out, "--save-every", "2") == 2
+    assert "holds 2 steps but no checkpoint, so --resume would begin again and delete them: give another --out" in log.read_text()
+    assert (out / "metrics.jsonl").read_bytes() == recorded
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_begins_again(start, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    assert child(start, out, "--save-every", "3", before=signal_after(2, signal.SIGKILL)) == -signal.SIGKILL
+    assert child(start, out, settings=()) == 0 and outcome(out) == undisturbed[0]
 
 
 @pytest.mark.parametrize("damage", [lambda p: (p / "state.json").write_text("{"),

@@ -81,7 +81,8 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
             sampled = sum(len(r.response) for r in rollouts)
             fraction = 0.0
             if teacher is not None:
-                fraction = guidance_fraction(step, steps, config.schedule, config.p_init, config.p_min, config.eps)
+                fraction = guidance_fraction(step, config.schedule_steps or steps, config.schedule,
+                                             config.p_init, config.p_min, config.eps)
             asked: list[Asked] = []
             if teacher is not None and fraction > 0:
                 asked = teacher.guide(rollouts, tokenizer, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
@@ -104,8 +105,8 @@ def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config
                 run.save(step + 1, student, optimizer)
             if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
                 raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, "
-                                f"gradient norm {metrics['grad_norm']:.3g}): nothing was changed in them; "
-                                "try a lower --learning-rate or --dtype float32")
+                                f"gradient norm {metrics['grad_norm']:.3g}), and nothing was learned in them: "
+                                "start anew with a lower learning rate (of train: --learning-rate, another --out)")
             if stop:
                 break
     return history

@@ -2,7 +2,7 @@
 
     load_problems("wordproblems", "validation")
     load_problems("gsm8k", "test")                   fetched on first use
-    load_problems("../shared/math500/test.json")     any .jsonl or .json
+    load_problems("../shared/math500/test.json")     any .jsonl or .json, in any case
 """
 
 import importlib
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
+
+from data.reward import final_answer
 
 SPLITS = {"wordproblems": ("train", "validation", "test"), "gsm8k": ("train", "test")}
 
@@ -23,7 +25,7 @@ class Problem(NamedTuple):
 
 def load_problems(source: str, split: str = "train") -> list[Problem]:
     """`source` is a name in SPLITS or a path; a file is one split by itself, so `split` is not looked at."""
-    if str(source).endswith((".jsonl", ".json")):
+    if str(source).lower().endswith((".jsonl", ".json")):
         return read_problems(source)
     if source not in SPLITS:
         raise ValueError(f"unknown problems {str(source)!r}: give one of {', '.join(SPLITS)}, "
@@ -37,7 +39,7 @@ def load_problems(source: str, split: str = "train") -> list[Problem]:
 
 
 def read_problems(path) -> list[Problem]:
-    """Objects with `question` (or `problem`) and `answer`: one a line, or in a .json also as one list."""
+    """Objects with `question` (or `problem`) and `answer` (or `solution`): one a line, or in one list."""
     problems = [_problem(entry, where) for where, entry in _entries(Path(path))]
     if not problems:
         raise ValueError(f'{path} holds no problems: put one object with "question" and "answer" on each line')
@@ -47,7 +49,7 @@ def read_problems(path) -> list[Problem]:
 def _entries(path: Path) -> Iterator[tuple[str, object]]:
     """Each JSON value of the file, with the words that say where it stands."""
     text = _read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if text.lstrip().startswith("["):
         for number, entry in enumerate(_parse(text, str(path)), start=1):
             yield f"{path}, item {number}", entry
         return
@@ -75,7 +77,7 @@ def _parse(text: str, where: str):
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text else ""
         raise ValueError(f"{where}: not JSON ({error.msg} at {place}column {error.colno}); "
-                         "mend it or take it out") from None
+                         "write one object on each line, or all of them in one list") from None
     except (ValueError, RecursionError):  # an integer of thousands of digits, or brackets nested as deep
         raise ValueError(f"{where}: a number too long or brackets too deep to read; take it out") from None
 
@@ -83,19 +85,31 @@ def _parse(text: str, where: str):
 def _problem(entry, where: str) -> Problem:
     if not isinstance(entry, dict):
         raise ValueError(f'{where}: not an object; write {{"question": "...", "answer": "..."}}')
-    question = entry.get("question", entry.get("problem"))
+    question = _text(entry.get("question", entry.get("problem")), "question", where)
+    if entry.get("answer") is None and "solution" in entry:
+        return Problem(question, _boxed(_text(entry["solution"], "solution", where), where))
     solution = _text(_written(entry.get("answer")), "answer", where)
     # GSM8K ends a worked solution with a line "#### 42"; elsewhere there is no such mark and all of it is the answer.
     _, mark, answer = solution.rpartition("####")
     answer = answer.strip().partition("\n")[0].strip() if mark else answer
     if not answer:
         raise ValueError(f'{where}: nothing after "####"; the answer belongs there')
-    return Problem(_text(question, "question", where), answer)
+    return Problem(question, answer)
+
+
+def _boxed(solution: str, where: str) -> str:
+    """The answer of a worked solution without an `answer` beside it, as in MATH: its last box."""
+    answer = (final_answer(solution) or "").strip()
+    if not answer:
+        raise ValueError(f'{where}: no "answer", and no \\boxed{{...}} in its "solution"; '
+                         "write one of the two")
+    return answer
 
 
 def _text(value, key: str, where: str) -> str:
     if value is None:
-        raise ValueError(f'{where}: no "{key}"; give every problem a "question" (or "problem") and an "answer"')
+        raise ValueError(f'{where}: no "{key}"; give every problem a "question" (or "problem") '
+                         'and an "answer" (or a "solution" that boxes it)')
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{where}: "{key}" is empty or not text; write it as a string')
     if any("\ud800" <= char <= "\udfff" for char in value):  # half an escaped pair: no tokenizer could encode it

@@ -88,7 +88,7 @@ class MathVerify:
         if not self.version:
             self.close()
             raise ChildProcessError("math-verify is installed but does not start: `python -c 'import math_verify'` shows why; "
-                                    "mend it or give --grader builtin")
+                                    "mend it; or, in eval, give --grader builtin")
 
     def close(self):
         self.process.kill()
