@@ -198,7 +198,8 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        names = sorted({event.key for event in profile.key_averages()})
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        names = sorted({event.name for event in events if not event.name.startswith(("Mem", "Activity", "Buffer"))})
         triton = [name for name in names if "triton" in name.lower()]
         self.note(shape, "rollouts", f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}", kernels=names)
 
