@@ -1,6 +1,7 @@
 """Speed and memory of this program on this machine: a table, and the same as JSON.
 
-    python bench.py                                  tiny and 135m on a CPU, 0.5b and 3b on a GPU
+    python bench.py                                  tiny and 135m on a CPU
+    python bench.py --device cuda                    0.5b and 3b, 8, 64 and 256 rows, compiled and eager, on a GPU
     python bench.py --parts update --shapes 0.5b     one part of one shape
     python bench.py --problems FILE.jsonl            also: the padding of micro-batches of these questions and solutions
     python bench.py --base out/base-...              also: where the time of the demonstration's training steps goes
