@@ -1,6 +1,7 @@
 """Speed and memory of this program on this machine: a table, and the same as JSON.
 
-    python bench.py                                  tiny and 135m on a CPU, 0.5b and 3b on a GPU
+    python bench.py                                  tiny and 135m on a CPU
+    python bench.py --device cuda                    0.5b and 3b, 8, 64 and 256 rows, compiled and eager, on a GPU
     python bench.py --parts update --shapes 0.5b     one part of one shape
     python bench.py --problems FILE.jsonl            also: the padding of micro-batches of these questions and solutions
     python bench.py --base out/base-...              also: where the time of the demonstration's training steps goes
@@ -198,7 +199,8 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        names = sorted({event.key for event in profile.key_averages()})
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        names = sorted({event.name for event in events if not event.name.startswith(("Mem", "Activity", "Buffer"))})
         triton = [name for name in names if "triton" in name.lower()]
         self.note(shape, "rollouts", f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}", kernels=names)
 

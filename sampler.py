@@ -139,7 +139,7 @@ class Writing:
         self.cache.lengths[active:] = 0
         self.cache.longest += count
         self.cache.window = min(-(-self.cache.longest // WINDOW) * WINDOW, self.cache.k.shape[3])
-        again = partial(self.step, B)
+        again: Callable[[], Any] = partial(self.step, B)
         if self.model.compiled and self.model.device.type in RECORDS:
             compiled_step(self, B)
             again = RECORDER.again
@@ -358,9 +358,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 def compiled_step(writing: Writing, B: int) -> None:
     """writing.step(B) through torch.compile, which traces it once for all sizes, and RECORDER, which records it."""
     from torch._dynamo.exc import FailOnRecompileLimitHit  # not above: it takes longer to load than torch itself
-    from torch.fx.experimental import _config as sizes
+    from torch.fx.experimental import _config
 
     step = torch.compile(Writing.step, backend=RECORDER, fullgraph=True, dynamic=True)
+    sizes: Any = _config
     with sizes.patch(use_duck_shape=False):  # two sizes that are equal once need not be so the next time
         try:
             step(writing, B)
@@ -384,7 +385,6 @@ class Recorder:
     def forget(self) -> None:
         """Let the recordings go, and with them their memory."""
         self.recordings: dict[tuple[Any, ...], Callable[[], Any]] = {}
-        self.again: Callable[[], Any] | None = None  # the recording that was looked up last
         self.pool: Any = None
 
     def __call__(self, traced: Callable[..., Any], _: Any) -> Callable[..., Any]:
@@ -394,7 +394,7 @@ class Recorder:
     def run(self, traced: Callable[..., Any], *inputs: Any) -> Any:
         key = (traced, *map(identity, inputs))
         if key in self.recordings:
-            self.again = self.recordings[key]
+            self.again = self.recordings[key]  # for the steps that follow in the same block
             return self.again()
         outputs = traced(*inputs)  # the libraries set themselves up here, which cannot be recorded
         self.again, self.pool = record(partial(traced, *inputs), self.pool)
