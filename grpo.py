@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distributed import World, full
+from run.world import World, full
 
 if TYPE_CHECKING:
     from model import LM

@@ -9,13 +9,15 @@ Shapes: B rows, T tokens, H query heads, K key/value heads, G = H / K, E head wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import KVCache
 
 if TYPE_CHECKING:
     from model import LM
@@ -216,116 +218,6 @@ def shared_prefix(prompts: list[list[int]]) -> int:
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-class KVCache:
-    """Keys and values of up to `rows` rows and `max_len` positions, allocated once: a step writes its own and moves nothing.
-
-    Row b holds `lengths[b]` valid positions; what lies behind them is masked and overwritten, so a right-padded prompt
-    is written whole and `lengths` then set back to its true length. `prefix`, a cache of one row, holds the positions
-    before every row's first: they are there once, and in a decoding step they are read once for all rows.
-    """
-
-    def __init__(self, model: LM, rows: int, max_len: int, prefix: KVCache | None = None) -> None:
-        c = model.config
-        weight = model.embed.weight
-        shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.longest = 0  # no row is longer: known here without asking the device
-        self.window: int | None = None  # positions that a recorded step reads; who sets it keeps `longest` too
-        self.prefix, self.offset = prefix, prefix.longest if prefix else 0
-
-    def reserve(self, B: int, T: int) -> tuple[Tensor, Tensor | None]:
-        """Claim T positions in each of the first B rows: their positions (B, T) in the text and the mask `attend` wants."""
-        if self.window is None:
-            if self.longest + T > self.k.shape[3]:
-                raise ValueError(f"the KV cache holds {self.k.shape[3]} positions, {self.longest + T} are needed")
-            self.longest += T
-        self.read = self.window or self.longest  # S
-        self.at = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)  # (B, T), within the row
-        self.lengths[:B] += T
-        if self.read == T and not self.offset:
-            return self.at, None  # plain causal attention
-        visible = torch.arange(self.read, device=self.at.device) <= self.at[..., None]  # (B, T, S)
-        if T > 1:
-            visible = F.pad(visible, (self.offset, 0), value=True)  # (B, T, P + S)
-        # What SDPA would make of `visible` in every layer.
-        mask = torch.zeros_like(visible, dtype=self.k.dtype).masked_fill_(~visible, -torch.inf)
-        return self.at + self.offset, mask[:, None]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Store a layer's new k, v (B, K, T, E) and attend from q (B, H, T, E) to all that its rows hold: (B, H, T, E)."""
-        B, H, T, E = q.shape
-        rows = torch.arange(B, device=q.device)[:, None]
-        self.k[layer][rows, :, self.at] = k.transpose(1, 2)
-        self.v[layer][rows, :, self.at] = v.transpose(1, 2)
-        k, v = self.k[layer, :B, :, : self.read], self.v[layer, :B, :, : self.read]
-        if mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        q = q.view(B, k.shape[1], -1, T, E)  # (B, K, G, T, E)
-        if self.prefix:
-            prefix_k, prefix_v = (x[layer, 0, :, : self.offset] for x in (self.prefix.k, self.prefix.v))  # (K, P, E)
-        if T > 1:
-            if self.prefix:
-                k, v = (torch.cat((x.expand(B, -1, -1, -1), own), 2) for x, own in ((prefix_k, k), (prefix_v, v)))
-            # A group's heads one after the other: not every fused attention knows groups when there is a mask.
-            y = torch.stack([F.scaled_dot_product_attention(head, k, v, mask) for head in q.unbind(2)], 2)
-        elif self.prefix:
-            y = attend_to_both(q.squeeze(3), prefix_k, prefix_v, k, v, mask)
-        else:
-            y = F.scaled_dot_product_attention(q.squeeze(3), k, v, mask)  # heads as if they were times: k and v stay single
-        return y.reshape(B, H, T, E)
-
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Cut rows back to their true lengths (a list of int, one a row)."""
-        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-        self.longest = max(lengths)
-
-    def fill(self, first: int, other: KVCache, rows: Sequence[int]) -> None:
-        """Copy `rows` (a list) of another cache into the rows from `first` on."""
-        n, here, there = other.longest, slice(first, first + len(rows)), torch.tensor(rows, device=self.k.device)
-        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
-            for layer, source in zip(mine, theirs):  # one by one, for `source[there]` is a copy before it is copied
-                layer[here, :, :n] = source[there, :, :n]
-        self.lengths[here] = other.lengths[there]
-        self.longest = max(self.longest, n)
-
-    def drop(self, done: Tensor) -> Tensor:
-        """Of the first B rows forget those marked in `done` (B,) bool; returns the old index of each row kept.
-
-        The last rows move into the gaps, so a finished row costs one row's copy and the others stay in place.
-        """
-        order = torch.arange(len(done), device=done.device)
-        kept = int((~done).sum())
-        gaps = order[:kept][done[:kept]]
-        movers = order[kept:][~done[kept:]]
-        for store in (self.k, self.v):
-            store[:, gaps, :, : self.longest] = store[:, movers, :, : self.longest]
-        order[gaps] = movers
-        order = order[:kept]
-        self.lengths[:kept] = self.lengths[order]
-        self.longest = int(self.lengths[:kept].max()) if kept else 0
-        return order
-
-
-def attend_to_both(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention from q (B, K, G, E) to a prefix that all rows share (K, P, E) and to each row's own k, v (B, K, S, E).
-
-    One softmax over the scores of both; the prefix is one matrix product for all rows, not one for each.
-    """
-    B, K, G, E = q.shape
-    q = q * E**-0.5
-    together = q.transpose(0, 1).reshape(K, B * G, E)
-    to_prefix = (together @ prefix_k.transpose(1, 2)).float()  # (K, B * G, P)
-    to_own = (q @ k.transpose(2, 3)).float() + mask  # (B, K, G, S)
-    top = torch.maximum(to_prefix.amax(-1).view(K, B, G).transpose(0, 1), to_own.amax(-1))  # (B, K, G)
-    to_prefix = to_prefix.sub_(top.transpose(0, 1).reshape(K, B * G, 1)).exp_()
-    to_own = to_own.sub_(top[..., None]).exp_()
-    total = to_prefix.sum(-1).view(K, B, G).transpose(0, 1) + to_own.sum(-1)
-    from_prefix = (to_prefix.to(q.dtype) @ prefix_v).view(K, B, G, E).transpose(0, 1)
-    y: Tensor = (from_prefix + to_own.to(q.dtype) @ v) / total[..., None]
-    return y.to(q.dtype)
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

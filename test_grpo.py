@@ -31,7 +31,8 @@ from grpo import (
     token_logprobs,
     update,
 )
-from model import LM, ModelConfig, generate
+from model import LM, ModelConfig
+from sampler import generate
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 PROPERTY = settings(max_examples=100, deadline=None)

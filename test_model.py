@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
 import sampler
-import weights
-from model import LM, KVCache, ModelConfig, generate, prefill, sample
+from data import weights
+from model import LM, KVCache, ModelConfig
+from sampler import generate, prefill, sample
+from tools.hostile import model
 
 PROPERTY = settings(max_examples=40, deadline=None)
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -375,7 +377,7 @@ def test_attention_to_a_shared_prefix_and_to_a_rows_own_is_attention_to_both(gro
     q, (prefix_k, prefix_v) = torch.randn(B, K, groups, E), torch.randn(2, K, P, E)
     k, v = torch.randn(2, B, K, S, E)
     visible = torch.arange(S) < torch.tensor([[1], [5], [3]])  # (B, S)
-    found = sampler.attend_to_both(q, prefix_k, prefix_v, k, v, torch.zeros(B, 1, 1, S).masked_fill(~visible[:, None, None], -torch.inf))
+    found = model.attend_to_both(q, prefix_k, prefix_v, k, v, torch.zeros(B, 1, 1, S).masked_fill(~visible[:, None, None], -torch.inf))
     for b in range(B):
         n = visible[b].sum()
         keys, values = torch.cat((prefix_k, k[b, :, :n]), 1), torch.cat((prefix_v, v[b, :, :n]), 1)

@@ -1,5 +1,7 @@
 """Tests of teacher.py: the schedule, the choice, the parser, augmenting, and a Teacher around tiny random models."""
 
+
+
 import copy
 import itertools
 import json
@@ -17,16 +19,19 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-import config
 import teacher as teacher_module
 import thinktuning
-from cli import main
 from data import Problem, load_problems
+from data.exemplars import EXEMPLARS, SYSTEM, behaviour
+from data.prompts import INSTRUCTION
 from data.reward import final_answer, is_correct
 from data.tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer
 from grpo import Rollout, snapshot, token_logprobs
-from model import LM, ModelConfig, generate
-from teacher import EXEMPLARS, SYSTEM, Feedback, Teacher, augment, behaviour, choose, guidance_fraction, parse_feedback
+from model import LM, ModelConfig
+from run import config
+from sampler import generate
+from teacher import Feedback, Teacher, augment, choose, guidance_fraction, parse_feedback
+from thinktuning import main
 
 PROPERTY = settings(max_examples=200, deadline=None)
 SHAPES = ("constant", "linear", "cosine", "exp")
@@ -538,11 +543,11 @@ def test_the_first_cue_names_the_behaviour():
 
 def test_published_2_the_teacher_reads_the_instruction_twice(monkeypatch, llama3):
     def times(**options):
-        teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=thinktuning.INSTRUCTION, **options)
+        teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=INSTRUCTION, **options)
         texts = full_prompts(monkeypatch, teacher)
         rollout = Rollout([1], llama3.encode("So 5.") + [min(llama3.stop)], True, question="Why?")
         teacher.guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
-        return texts[0].count(thinktuning.INSTRUCTION)
+        return texts[0].count(INSTRUCTION)
 
     assert times(published={"instruction"}) == 2
     assert times() <= 1

@@ -1,5 +1,7 @@
 """The whole program: runs end to end, repeats to the bit, speaks plainly about bad input."""
 
+
+
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,17 +21,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import demo
+import demo.ablations
+import demo.base
+import demo.command
+import demo.comparison
+import demo.printed
 import thinktuning
-from cli import main, parsers
-from config import Config
 from data import Problem, load_problems, wordproblems
+from data.prompts import student_prompt
 from data.scores import majority, mean_and_se, pass_at_k, score
 from data.tokenizer import Tokenizer
 from grpo import Rollout
 from model import LM, ModelConfig
-from teacher import guidance_fraction, parse_feedback
-from thinktuning import evaluate, questions_of_step, reward, seeds_of_step, student_prompt, train
+from run.cli import parsers
+from run.config import Config
+from teacher import guidance_fraction, make_teacher, parse_feedback
+from thinktuning import evaluate, main, questions_of_step, reward, seeds_of_step, train
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parent / "shared" / "gsm8k"
@@ -66,7 +73,7 @@ def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeyp
         student, tokenizer = finishing_student()
         # A random model is never right: pay for texts of even length, so that there is something to learn.
         monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
-        teacher = thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
+        teacher = make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
         train(student, tokenizer, load_problems("wordproblems"), tiny_config(method=method, seed=seed), teacher=teacher)
         return weights(student)
 
@@ -77,13 +84,13 @@ def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeyp
 
 def test_the_kl_terms_reference_is_the_teachers_model_where_that_is_the_initial_policy():
     student, tokenizer = tiny()
-    teacher = thinktuning.make_teacher(tiny()[0], tokenizer, tiny_config())
+    teacher = make_teacher(tiny()[0], tokenizer, tiny_config())
     assert thinktuning.initial_policy(student, teacher) is teacher.model
-    for other in (None, thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config())):
+    for other in (None, make_teacher(tiny(1)[0], tokenizer, tiny_config())):
         alone = thinktuning.initial_policy(student, other)
         assert alone is not student and torch.equal(weights(alone), weights(student))
         assert not any(p.requires_grad for p in alone.parameters())
-    elsewhere = thinktuning.make_teacher(tiny(rope_theta=1e6)[0], tokenizer, tiny_config())  # the same weights
+    elsewhere = make_teacher(tiny(rope_theta=1e6)[0], tokenizer, tiny_config())  # the same weights
     assert thinktuning.initial_policy(student, elsewhere) is not elsewhere.model
     with torch.no_grad():
         student.norm.weight[0] += 1e-6
@@ -104,7 +111,7 @@ def test_a_step_trains_the_policy_that_it_sampled_at_any_temperature(monkeypatch
 
 def scripted_teacher(tokenizer, phrase):
     """A teacher that always says the same, in the real format, so that guidance happens whatever the weights are."""
-    teacher = thinktuning.make_teacher(tiny(1)[0], tokenizer, tiny_config())
+    teacher = make_teacher(tiny(1)[0], tokenizer, tiny_config())
     reply = f"<opinion>incorrect</opinion><reason>Wait, that does not fit the story.</reason><phrase>{phrase}</phrase>"
     teacher.feedback = lambda questions, responses: [parse_feedback(reply) for _ in questions]
     return teacher
@@ -292,52 +299,52 @@ def test_everything_the_base_model_reads_is_about_training_problems(monkeypatch)
     splits = set()
     make_story = wordproblems.make_story
     monkeypatch.setattr(wordproblems, "make_story", lambda rng, n, split: splits.add(split) or make_story(rng, n, split))
-    demo.rows_of_step(dict(demo.RECIPE, floor=0.5), 0, random.Random(0), Tokenizer.builtin())
+    demo.base.rows_of_step(dict(demo.base.RECIPE, floor=0.5), 0, random.Random(0), Tokenizer.builtin())
     assert splits == {"train"}
 
 
 def short_recipe():
-    return dict(demo.RECIPE, seed=0, floor=demo.FLOOR, steps=5)
+    return dict(demo.base.RECIPE, seed=0, floor=demo.base.FLOOR, steps=5)
 
 
 def test_the_texts_that_make_the_base_are_those_of_its_version():
-    """Another hash means other texts: raise demo.VERSION, or cached base models stay as they were."""
+    """Another hash means other texts: raise demo.base.VERSION, or cached base models stay as they were."""
     rng, digest = random.Random("pretraining 0 0"), hashlib.sha256()
     for step in range(5):
-        digest.update(json.dumps(demo.rows_of_step(short_recipe(), step, rng, Tokenizer.builtin())).encode())
-    assert (demo.VERSION, digest.hexdigest()[:16]) == (1, "b3457f4742c82483")
+        digest.update(json.dumps(demo.base.rows_of_step(short_recipe(), step, rng, Tokenizer.builtin())).encode())
+    assert (demo.base.VERSION, digest.hexdigest()[:16]) == (1, "b3457f4742c82483")
 
 
 WEIGHTS_AFTER_FIVE_STEPS = {("2.13.0", "AuthenticAMD", "AVX2"): "a43ce74e1a525eb0"}  # (torch, processor, its instructions): hash
 
 
 def test_the_weights_of_the_base_are_those_of_its_version():
-    """Another hash means another training: raise demo.VERSION, or cached base models stay as they were."""
+    """Another hash means another training: raise demo.base.VERSION, or cached base models stay as they were."""
     cpu = Path("/proc/cpuinfo")
     vendor = re.search(r"vendor_id\s*: (\S+)", cpu.read_text() if cpu.exists() else "")
     kind = (torch.__version__.partition("+")[0], vendor and vendor[1], torch.backends.cpu.get_cpu_capability())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = demo.pretrain(short_recipe(), Tokenizer.builtin())
+    model = demo.base.pretrain(short_recipe(), Tokenizer.builtin())
     torch.set_num_threads(threads)
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
     if kind not in WEIGHTS_AFTER_FIVE_STEPS:
         pytest.skip(f"no hash is stored for {kind}, which may round differently; here it is {digest.hexdigest()[:16]}")
-    assert (demo.VERSION, digest.hexdigest()[:16]) == (1, WEIGHTS_AFTER_FIVE_STEPS[kind])
+    assert (demo.base.VERSION, digest.hexdigest()[:16]) == (1, WEIGHTS_AFTER_FIVE_STEPS[kind])
 
 
 def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch):
     recipe = short_recipe()
-    names = {demo.recipe_key(recipe), demo.recipe_key(dict(recipe, seed=1)), demo.recipe_key(dict(recipe, floor=0.0))}
-    monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
-    names.add(demo.recipe_key(recipe))
+    names = {demo.base.recipe_key(recipe), demo.base.recipe_key(dict(recipe, seed=1)), demo.base.recipe_key(dict(recipe, floor=0.0))}
+    monkeypatch.setattr(demo, "VERSION", demo.base.VERSION + 1)
+    names.add(demo.base.recipe_key(recipe))
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    names.add(demo.recipe_key(recipe))
+    names.add(demo.base.recipe_key(recipe))
     monkeypatch.setattr(wordproblems, "__file__", str(HERE / "data" / "other.py"))
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"another vocabulary")
-    names.add(demo.recipe_key(recipe))
+    names.add(demo.base.recipe_key(recipe))
     assert len(names) == 6
 
 
@@ -354,8 +361,9 @@ def test_the_student_never_reads_a_second_answer_and_no_remark_at_floor_0():
 
 
 def test_built_in_teacher_texts_are_feedback_the_parser_takes_and_mostly_right_in_opinion():
+    from data.exemplars import behaviour
     from data.reward import is_correct
-    from teacher import behaviour, parse_feedback
+    from teacher import parse_feedback
     rng, right, seen = random.Random(0), 0, set()
     for i in range(400):
         story = wordproblems.make_story(rng, 1 + i % 4, "train")
@@ -404,10 +412,10 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
 
 
 def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(demo.RECIPE, "steps", 2)
+    monkeypatch.setitem(demo.base.RECIPE, "steps", 2)
     assert main(["--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count("validation:") == demo.CYCLES and "under the teacher prompt" in printed.err
+    assert printed.out.count("validation:") == demo.base.CYCLES and "under the teacher prompt" in printed.err
     assert not list(tmp_path.glob("base-*"))
 
 
@@ -416,17 +424,17 @@ def test_ablations_run_every_variant(tmp_path, capsys):
     assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "2"]) == 0
     assert (tmp_path / "summary.json").read_text() == "the demonstration's table"
     rows = json.loads((tmp_path / "ablate-stress.json").read_text())
-    assert rows.keys() == demo.VARIANTS["stress"].keys() and all(len(v) == 2 for v in rows.values())
+    assert rows.keys() == demo.ablations.VARIANTS["stress"].keys() and all(len(v) == 2 for v in rows.values())
 
 
 def test_corrupted_and_shuffled_feedback_do_what_they_say():
     from data.reward import final_answer
     from teacher import Feedback
     replies = [Feedback("correct", "r", f"So the answer is \\boxed{{{n}}}.") for n in range(1, 11)]
-    spoilt = demo.corrupted(1.0)(lambda q, r: replies, random.Random(0))([], [])
+    spoilt = demo.ablations.corrupted(1.0)(lambda q, r: replies, random.Random(0))([], [])
     assert all(final_answer(s.phrase) != final_answer(f.phrase) for s, f in zip(spoilt, replies))
-    assert demo.corrupted(0.0)(lambda q, r: replies, random.Random(0))([], []) == replies
-    moved = demo.shuffled(lambda q, r: replies, random.Random(0))([], [])
+    assert demo.ablations.corrupted(0.0)(lambda q, r: replies, random.Random(0))([], []) == replies
+    moved = demo.ablations.shuffled(lambda q, r: replies, random.Random(0))([], [])
     assert all(a != b for a, b in zip(moved, replies)) and sorted(moved) == sorted(replies)
 
 

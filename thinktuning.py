@@ -12,34 +12,48 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch is imported, so that --help need not wait for it
-    import sys
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from run.cli import parse_args
 
-    from cli import main
+    ARGS = parse_args()
 
-    sys.exit(main())
-
+import argparse
 import copy
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, RunFailed
-from data import Problem
+from data import SPLITS, Problem, load_problems
+from data.exemplars import behaviour
+from data.files import read_json
+from data.grading import Grader
+from data.prompts import spoken, student_prompt
 from data.reward import equal, is_correct
 from data.scores import score
 from data.tokenizer import Tokenizer
-from distributed import World
+from demo import command as demonstration
 from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
-from model import LM, generate
-from record import Run, describe_help, describe_sampled, interruptible, transcripts
-from teacher import Asked, Teacher, behaviour, guidance_fraction
+from model import LM
+from run import sinks
+from run.cli import parse_args
+from run.config import KEPT, Config, RunFailed, check_used, chosen, told_longer
+from run.errors import run_command
+from run.loading import device_and_dtype, fitting, load_model
+from run.record import Run, describe_help, describe_sampled, steps_without_checkpoint
+from run.screen import interruptible
+from run.world import World
+from sampler import RECORDER, generate
+from show import ask, plan, report
+from show.transcripts import transcripts
+from teacher import Asked, Teacher, guidance_fraction, make_teacher
 
-INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
 FAULTS = 10  # steps in a row without a finite gradient
 
 Metrics = dict[str, Any]  # numbers by name; `behaviours` counts by name
@@ -148,17 +162,6 @@ def seeds_of_step(seed: int, step: int, published: frozenset[str] = frozenset(),
     return torch.Generator().manual_seed(random.Random(sampling).getrandbits(63)), random.Random(choosing)
 
 
-def student_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
-    """What the student sees, in training and in evaluation: the question, and for a real model the answer's format."""
-    content = question if tokenizer.family == "wordproblems" else f"{question} {INSTRUCTION}"
-    return tokenizer.render([{"role": "user", "content": content}])
-
-
-def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of a response, without the stop token that ends a finished one."""
-    return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop else ids)
-
-
 def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem], config: Config,
                     generator: torch.Generator) -> list[Rollout]:
     """Step 1: G responses to each question, with log π_old of what was sampled."""
@@ -223,6 +226,99 @@ def evaluate(model: LM, tokenizer: Tokenizer, problems: Sequence[Problem], *, ma
     return scores, records
 
 
-def make_teacher(model: LM, tokenizer: Tokenizer, config: Config) -> Teacher:
-    return Teacher(model, tokenizer, max_tokens=config.teacher_reply, max_prompt=config.teacher_prompt, rows=config.rows,
-                   instruction=INSTRUCTION, published=config.published_items)
+def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
+    out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
+    if (out / "metrics.jsonl").exists() and not args.resume:
+        go_on = "" if steps_without_checkpoint(out) else "continue it with --resume, or "
+        raise ValueError(f"{out} already holds a run: {go_on}give another directory with --out")
+    stored = out / "config.json"
+    before = read_json(stored) if args.resume and stored.exists() else {}
+    config = chosen(args, before)
+    config.check()
+    sinks.check(args.sinks)
+    if not before:
+        check_used(args, config)
+    teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
+    device, dtype = device_and_dtype(args)
+    world = World.start(device, dtype)
+    sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
+    free = plan.free_memory(device)
+    config = plan.fit(config, sizes, device, free, resumed=bool(before))
+    # Of several processes the parts are the masters themselves.
+    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
+    room = config.max_tokens, config.max_prompt
+    problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
+    config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
+    config = replace(config, schedule_steps=config.schedule_steps or config.steps)
+    if world.is_first:
+        print(plan.describe(config, sizes, device, free) + told_longer(config, before))
+    validation = []
+    if args.eval_data:
+        validation = load_problems(args.eval_data, "test")
+        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
+        validation = validation[: config.eval_count or None]
+    teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
+    names = [name for name in ("model", "data", *KEPT) if getattr(args, name) is not None]
+    named = {name: getattr(args, name) for name in names}
+    run = Run(out, {**named, **asdict(config)}, config.method, args.resume, world, args.sinks)
+    args.again = ("--resume goes on" if config.save_every else
+                  "it cannot be resumed, because --save-every 0 kept no checkpoint")
+    args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
+
+    def job() -> None:
+        history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
+        trained = world.whole(student)
+        if world.is_first:
+            trained.save(out / "model", tokenizer)
+        run.close()
+        if not world.is_first:
+            return
+        report.write_report(out)
+        summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
+        short = f" of {config.steps}, stopped; {args.again}" if len(history) < config.steps else ""
+        print(f"{len(history)} steps{short} -> {out}/model  {summary}")
+        if args.verbose:
+            print(f"decoding steps: {RECORDER.traces} traced by torch.compile, {RECORDER.count} recorded as CUDA graphs")
+
+    return job
+
+
+def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
+    if args.split and args.data not in SPLITS:
+        raise ValueError(f"--split is of {' and '.join(SPLITS)}, and a file is all one split: leave it out")
+    grader = Grader(args.grader)
+    model, tokenizer = load_model(args.model, *device_and_dtype(args))
+    max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
+    problems = load_problems(args.data, args.split or "test")
+    problems = fitting(problems, model, tokenizer, args.data, max_tokens)
+    problems = problems[: args.count or None]
+    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
+    args.memory = "lower --rows or --max-tokens"
+
+    def job() -> None:
+        scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,
+                             temperature=temperature, rows=args.rows, seed=args.seed, equal=grader.equal)
+        grader.close()
+        print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}; graded by {grader}")
+        for key, value in scores.items():
+            if not key.endswith("_se"):
+                error = f" ± {scores[key + '_se']:.4f}" if key + "_se" in scores else ""
+                print(f"{key:<30} {value:.4f}{error}" if isinstance(value, float) else f"{key:<30} {value}")
+
+    return job
+
+
+def prepare_demo(args: argparse.Namespace) -> Callable[[], None]:
+    return demonstration.prepare(args, train, evaluate)
+
+
+COMMANDS = {"demo": prepare_demo, "train": prepare_train, "eval": prepare_eval, "ask": ask.prepare, "report": report.prepare}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_command(COMMANDS[args.command], args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMANDS[ARGS.command], ARGS))

@@ -29,7 +29,7 @@ import tiktoken
 
 from data.added import FLAGS, SPACES, Added, Finder
 from data.chat import BUILTIN_SPECIAL, FAMILIES, recognise, variant
-from files import regular
+from data.files import regular
 
 SLICE = 100_000  # characters given to tiktoken at a time: on a million spaces in a row it would panic
 

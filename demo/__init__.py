@@ -1,0 +1,1 @@
+"""`python thinktuning.py`: the base model, the comparison, ablations, the novelty test."""

@@ -1,0 +1,1 @@
+"""What surrounds a run: settings and flags, records, checkpoints, processes."""

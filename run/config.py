@@ -1,0 +1,165 @@
+"""Every setting of a run, with its published default, its limits and its flag on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+
+# README, "Notes on the published code"
+PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the message says what was seen."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def option(default, group, help, **more):
+    return field(default=default, metadata={"group": group, "help": help, **more})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; the defaults are the published ones (`--preset paper`), but for guided_tokens."""
+
+    method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
+    seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
+    steps: int = option(0, "run", "training steps; 0 is one epoch; may be raised on --resume",
+                        least=0, most=10**9, may_change=True)
+    eval_every: int = option(0, "run",
+                             "steps between evaluations while training; 0 is only at the end",
+                             least=0, may_change=True)
+    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all",
+                             least=0, may_change=True)
+    save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True)
+    keep: int = option(2, "run", "checkpoints kept", least=1, may_change=True)
+    questions: int = option(128, "rollouts", "B, questions a step", least=1)
+    samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
+    max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
+    max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
+    temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
+    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)",
+                       least=1, may_change=True)
+    length_cost: float = option(0.0, "rollouts", "once the teacher is gone, a right answer of n tokens earns 1 - this * n / L",
+                                least=0, most=1)
+    mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
+    epochs: int = option(1, "update", "passes over the same rollouts", least=1)
+    micro_batch: int = option(0, "update", "tokens of one forward pass (memory; changes no result); 0 is as many as fit",
+                              least=0, may_change=True)
+    recompute: bool = option(True, "update", "activations are computed again in the backward pass instead of kept (memory)",
+                             may_change=True)
+    learning_rate: float = option(1e-6, "update", "constant", above=0)
+    weight_decay: float = option(0.01, "update", "of AdamW", least=0)
+    beta1: float = option(0.9, "update", "of AdamW", least=0, below=1)
+    beta2: float = option(0.999, "update", "of AdamW", least=0, below=1)
+    max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
+    clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
+    dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
+    kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
+    shaping: str = option("aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood"))
+    guided_tokens: str = option("guidance", "loss", "which tokens count as guided (published: trajectory)",
+                                choices=("guidance", "trajectory"))
+    unlikely: float = option(0.01, "loss", "guard (c): guided tokens of bad rollouts less likely than this are ordinary", least=0)
+    gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
+    gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")
+    guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
+    schedule: str = option("linear", "teacher", "decay of p over the first third",
+                           choices=("constant", "linear", "cosine", "exp"))
+    schedule_steps: int = option(0, "teacher", "steps whose first third that is; 0 is --steps as the run begins, "
+                                 "and stays that if --resume raises --steps", least=0, most=10**9)
+    p_init: float = option(0.1, "teacher", "share of a group that is guided at first", least=0, most=1)
+    p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
+    eps: float = option(0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1)
+    teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
+    teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
+    published: str = option("", "teacher", f"repeat the published code: all, or some of {','.join(PUBLISHED)}")
+
+    @property
+    def published_items(self) -> frozenset[str]:
+        return frozenset(PUBLISHED if self.published == "all" else filter(None, self.published.split(",")))
+
+    def check(self) -> None:
+        """Raises ValueError, naming the flag, if a value is out of range."""
+        for f in fields(self):
+            value, limits, name = getattr(self, f.name), f.metadata, flag(f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
+            if limits.get("choices") and value not in limits["choices"]:
+                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+            for bound, bad, words in (("least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
+                                      ("most", lambda v, b: v > b, "at most"), ("below", lambda v, b: v >= b, "below")):
+                if bound in limits and bad(value, limits[bound]):
+                    raise ValueError(f"{name} must be {words} {limits[bound]}, not {value}")
+        if unknown := self.published_items - set(PUBLISHED):
+            raise ValueError(f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}")
+        if self.p_min > self.p_init:
+            raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help can only fall: "
+                             "lower --p-min or raise --p-init")
+
+
+# What a resumed run may have otherwise: where its steps end, what they cost and who looks at them,
+# not what a step does.
+MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
+
+DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
+            teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False,
+            save_every=0)  # everything else is as published
+
+
+def add_config_flags(p):
+    """One flag a field of Config; absent ones stay absent, so that the preset decides."""
+    groups = {}
+    for f in fields(Config):
+        m = f.metadata
+        group = groups.setdefault(m["group"], p.add_argument_group(m["group"]))
+        kind = {"type": type(f.default), "choices": m.get("choices")}
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind)
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+KEPT = ("dtype", "preset", "teacher", "eval_data")  # flags of train that are no settings of Config
+
+
+def chosen(args, before: dict) -> Config:
+    """The settings of a run: flags first, then those of the run that is resumed, then the preset's.
+
+    So a flag that is left out on --resume is what it was, and what the program chose itself stays: the
+    micro-batch (another would round differently), the steps, those of the schedule.
+    """
+    for name in KEPT:
+        if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
+            setattr(args, name, before[name])
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype!r}")
+    args.preset = args.preset or "paper"
+    # Only the demonstration itself saves nothing.
+    preset = {**DEMO, "save_every": Config.save_every} if args.preset == "demo" else {}
+    kinds = {f.name: type(f.default) for f in fields(Config)}
+    kept = {name: before[name] for name, kind in kinds.items() if type(before.get(name)) is kind}
+    given = {name: getattr(args, name) for name in kinds if hasattr(args, name)}
+    return Config(**{**preset, **kept, **given})
+
+
+def check_used(args, config: Config) -> None:
+    """Raises ValueError where a flag would do nothing, so that nobody believes that it did."""
+    if args.teacher and config.method == "grpo":
+        raise ValueError("--method grpo has no teacher: leave --teacher out")
+    if not args.eval_data and (config.eval_every or config.eval_count):
+        flag = "--eval-every" if config.eval_every else "--eval-count"
+        raise ValueError(f"{flag} needs problems to evaluate on: give --eval-data too, or leave {flag} out")
+
+
+def told_longer(config: Config, before: dict) -> str:
+    """A line about a run whose steps were raised: which schedule now holds."""
+    was = before.get("steps")
+    if type(was) is not int or config.steps <= was:
+        return ""
+    schedule = (f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, so a "
+                "teacher that has gone stays away") if config.method == "thinktuning" else ""
+    return f"\n{config.steps} steps instead of {was}{schedule}"

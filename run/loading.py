@@ -1,0 +1,62 @@
+"""What every command loads first: the device, the dtype, a model with its tokenizer."""
+
+from __future__ import annotations
+
+import torch
+
+from data.prompts import student_prompt
+from data.tokenizer import Tokenizer
+from model import LM
+
+
+def device_and_dtype(args):
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"--device {device}: {reason}; give another one, such as cpu") from None
+    LM.compiled = args.compile == "auto"
+    if args.dtype == "auto":
+        args.dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, args.dtype)
+
+
+def load_model(path, device, dtype):
+    tokenizer = Tokenizer.load(path)
+    model = LM.load(path, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+                         f"{model.config.vocab_size}; put the tokenizer there that the model was trained with")
+    return model, tokenizer
+
+
+def fitting(problems: list, model, tokenizer, source, max_tokens: int, limit=None) -> list:
+    """The problems whose prompt leaves room for an answer; says how many were dropped.
+
+    `limit`: tokens of a prompt, beside the model's context.
+    """
+    context = model.config.max_seq_len
+    room = min(limit or context, context - max_tokens)
+    lengths = [len(student_prompt(tokenizer, p.question)) for p in problems]
+    kept = [p for p, length in zip(problems, lengths) if length <= room]
+    if not kept:
+        how = make_room(min(lengths), context, max_tokens, limit)
+        raise ValueError(f"{source}: no question fits; {how}")
+    if len(kept) < len(problems):
+        dropped = len(problems) - len(kept)
+        print(f"{source}: dropped {dropped} of {len(problems)} questions longer than {room} tokens")
+    return kept
+
+
+def make_room(shortest: int, context: int, max_tokens: int, limit: int | None) -> str:
+    """What to do so that a prompt of `shortest` tokens fits the model and the limit."""
+    told = f"the shortest prompt has {shortest} tokens and the model's context {context}"
+    if shortest >= context:
+        return f"{told}: give shorter questions, or a model with a longer context"
+    flags = []
+    if max_tokens > context - shortest:
+        flags.append(f"lower --max-tokens to {context - shortest} or less")
+    if limit and shortest > limit:
+        flags.append(f"raise --max-prompt to {shortest} or more")
+    return f"{told}: {' and '.join(flags)}"

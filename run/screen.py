@@ -1,0 +1,57 @@
+"""What a run shows on the terminal: one progress line, colours, and the handling of Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+
+def in_colour() -> bool:
+    """On a terminal, unless NO_COLOR asks for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def coloured(text: str) -> str:
+    """Yellow, which is for reflection, where colours are shown."""
+    return f"\x1b[33m{text}\x1b[0m" if text and in_colour() else text
+
+
+def clock(seconds: float) -> str:
+    return "{}:{:02}".format(*divmod(round(seconds), 60))
+
+
+def progress(line: str, last=False, plain=True):
+    """One line that rewrites itself on a terminal; elsewhere the lines marked `plain`, each on its own."""
+    if sys.stdout.isatty():
+        line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be rewritten
+        print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
+    elif plain or last:
+        print(line, flush=True)
+
+
+@contextmanager
+def interruptible():
+    """SIGINT and SIGTERM only set `.is_set`, so a step is finished before the run ends; a second one ends it at once."""
+    class Flag:
+        is_set = False
+
+    flag = Flag()
+    previous = {}
+
+    def on_signal(number, frame):
+        flag.is_set = True
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)

@@ -1,0 +1,110 @@
+"""Ask a model one question: watch it think, read what a teacher would say to that, or let several answers vote."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import torch
+
+from data.prompts import spoken, student_prompt
+from data.reward import answers, final_answer
+from data.scores import vote
+from run.config import Config
+from run.loading import device_and_dtype, load_model
+from run.screen import coloured
+from sampler import generate
+from teacher import make_teacher
+
+
+def prepare(args):
+    """Check the flags and load what they name; returns the job: one answer as it is written, or a vote of several."""
+    asks_teacher = args.teacher or args.teacher_model
+    if asks_teacher and args.samples > 1:
+        raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
+    place = device_and_dtype(args)
+    model, tokenizer = load_model(args.model, *place)
+    if not args.question.strip():
+        raise ValueError("the question is empty")
+    context = model.config.max_seq_len
+    room = context - len(student_prompt(tokenizer, args.question))
+    if room < (args.max_tokens or 1):
+        shorter = "shorten it" if room < 1 else f"shorten it, or lower --max-tokens to {room} or less"
+        raise ValueError(f"the question leaves {max(0, room)} tokens of the model's context of {context}: {shorter}")
+    args.memory = "lower --max-tokens" + " or --samples" * (args.samples > 1)
+    options = {"max_tokens": args.max_tokens or min(1024, room), "seed": args.seed,
+               "temperature": float(args.samples > 1) if args.temperature is None else args.temperature}
+    if args.samples > 1:
+        return lambda: hold_vote(model, tokenizer, args.question, samples=args.samples, **options)
+    teacher = None
+    if asks_teacher:
+        theirs, their_tokenizer = load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
+        longest = theirs.config.max_seq_len
+        reply = min(Config.teacher_reply, longest * 3 // 8)
+        settings = Config(teacher_reply=reply, teacher_prompt=longest)
+        teacher = make_teacher(theirs, their_tokenizer, settings)
+    return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)
+
+
+def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, teacher=None):
+    """Print one response as it is sampled; then what the teacher, if there is one, says to the attempt before a reflection."""
+    stream = Stream(tokenizer)
+    ids = generate(model, [student_prompt(tokenizer, question)], max_tokens=max_tokens, stop=tokenizer.stop,
+                   temperature=temperature, generator=torch.Generator().manual_seed(seed), on_step=stream.add)[0]
+    stream.show(tokenizer.decode(stream.ids))  # bytes that never became a character
+    print()
+    if ids[-1] not in tokenizer.stop:
+        print(f"cut off after {max_tokens} tokens", file=sys.stderr)
+    if teacher:
+        text = spoken(tokenizer, ids)
+        print("\n" + opinion_of(teacher, question, text[: reflection_start(text)]))
+
+
+def opinion_of(teacher, question: str, attempt: str) -> str:
+    feedback = teacher.feedback([question], [attempt])[0]
+    if feedback:
+        return "\n".join(f"teacher's {name + ':':<8} {text}" for name, text in feedback._asdict().items())
+    why = (f"the attempt makes its prompt longer than {teacher.max_prompt} tokens" if teacher.dropped else
+           f"its reply is longer than {teacher.max_tokens} tokens" if teacher.cut else "its reply has not the asked form")
+    return f"no feedback from the teacher: {why}"
+
+
+def hold_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samples):
+    """Print the final answer of every sample, how often each was given, and the majority's."""
+    responses = generate(model, [student_prompt(tokenizer, question)], samples=samples, max_tokens=max_tokens,
+                         stop=tokenizer.stop, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    texts = [spoken(tokenizer, ids) if ids[-1] in tokenizer.stop else None for ids in responses]
+    for i, text in enumerate(texts, start=1):
+        given = "cut off" if text is None else final_answer(text)
+        print(f"sample {i}: {one_line(given or 'no final answer')}")
+    votes = vote(text for text in texts if text is not None)
+    print("\nvotes: " + (", ".join(f"{one_line(answer)} ({n})" for answer, n in votes) or "none"))
+    if votes:
+        print(f"majority: {one_line(votes[0][0])} ({votes[0][1]} of {samples})")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class Stream:
+    """Prints a response as its tokens come: whole characters only, and in colour what follows the first answer."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+
+    def add(self, rows, tokens):
+        self.ids += [t for t in tokens.tolist() if t not in self.tokenizer.stop]
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            self.show(text)
+
+    def show(self, text: str):
+        start = max(self.shown, reflection_start(text))
+        print(text[self.shown : start], coloured(text[start:]), sep="", end="", flush=True)
+        self.shown = len(text)
+
+
+def reflection_start(text: str) -> int:
+    """Where a text goes on after its first answer: the blank line behind its box, else the text's end."""
+    return next((gap.start() for gap in re.finditer("\n\n", text) if answers(text[: gap.start()])), len(text))

@@ -1,0 +1,1 @@
+"""For those who work on the program; nothing in it imports them."""

@@ -1,0 +1,76 @@
+"""Tests of bench.py: that it measures what it says. How fast anything is, no test looks at."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from model import LM, ModelConfig
+from tools import bench
+
+
+class Sleeper:
+    def outer(self):
+        time.sleep(0.02)
+        return self.inner() + 1
+
+    def inner(self):
+        time.sleep(0.03)
+        return 1
+
+
+def test_nested_functions_are_clocked_once_and_are_themselves_again_afterwards():
+    before = Sleeper.outer
+    with bench.clocked({"outer": (Sleeper, "outer"), "inner": (Sleeper, "inner")}) as clocks:
+        assert Sleeper().outer() == 2
+        assert clocks["inner"] == 0.0 and clocks["outer"] >= 0.05
+        assert Sleeper().inner() == 1
+    assert clocks["inner"] >= 0.03
+    assert Sleeper.outer is before
+
+
+def test_all_passes_leave_the_same_gradients():
+    torch.manual_seed(0)
+    model = LM(ModelConfig(50, 16, 2, 2, 1, 8, 24, tie_embeddings=True))
+    tokens = torch.randint(50, (3, 9))
+    gradients = []
+    for run in bench.PASSES.values():
+        model.zero_grad(set_to_none=True)
+        run(model, tokens)
+        run(model, tokens)  # onto the gradients that are there
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_part_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--parts", "rollout"])
+    assert end.value.code == 2
+    assert "choose from rollouts, update" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [(["--repeats", "0"], "--repeats must be at least 1"),
+                                         (["--problems", "nowhere.jsonl"], "nowhere.jsonl"), (["--base", "nowhere"], "nowhere"),
+                                         (["--json", "/proc/nowhere/x"], "/proc/nowhere/x")])
+def test_bad_input_is_told_before_anything_is_measured(flags, said, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "Bench", None)
+    assert bench.main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_measures_every_part_of_a_shape(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    path = tmp_path / "bench.json"
+    assert bench.main(["--shapes", "tiny", "--repeats", "1", "--threads", "1", "--no-startup", "--json", str(path)]) == 0
+    torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert {"device", "torch", "date", "threads", "bytes_per_second", "flops_per_second"} <= found.keys()
+    assert {r["part"] for r in found["results"]} == set(bench.PARTS)
+    assert len([r for r in found["results"] if r["part"] == "rollouts"]) == 3  # ours, a prompt a sample, no cache
+    assert all(r["share_of_floor"] == r["floor_s"] / r["median_s"] > 0 for r in found["results"] if "share_of_floor" in r)
+    assert "of the floor's speed" in capsys.readouterr().out
