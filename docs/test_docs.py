@@ -1,0 +1,418 @@
+"""Compare the pages with the program: links, edits, computed tables and numbers.
+
+`PYTHONPATH=. python docs/test_docs.py` writes the computed tables again.
+"""
+
+import ast
+import json
+import math
+import re
+import statistics
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+from model import ModelConfig
+from run.config import Config
+from show import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "exercises").glob("*.md")),
+]
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+
+
+# ------------------------------------------------------------------ links
+
+
+@cache
+def names(file):
+    """What a file defines: functions, classes, methods (`Teacher.feedback`), assigned names."""
+    found = set()
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+
+    visit(ast.parse(file.read_text()).body, "")
+    return found
+
+
+def headings(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def complaint(page, text, target):
+    """What is wrong with a link of a page, or None.
+
+    The text of a link to a function is `module.function`, its target the module's file.
+    """
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    if not file.exists():
+        return "there is no such file"
+    if anchor and file.suffix == ".md" and anchor not in headings(file):
+        return "there is no such heading"
+    if anchor and file.suffix == ".py":
+        return "name the function, not the line"
+    if file.suffix != ".py" or not re.fullmatch(r"`[\w.]+`", text) or text.endswith(".py`"):
+        return None
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    name = text.strip("`")
+    if name != module and name.removeprefix(module + ".") not in names(file):
+        return "there is no such name in the file"
+    return None
+
+
+def complaints(page, text):
+    links = LINK.findall(FENCE.sub("", text))
+    inside = [(t, target) for t, target in links if not re.match(r"[a-z]+:", target)]
+    found = [(f"[{t}]({target})", complaint(page, t, target)) for t, target in inside]
+    return [f"{page.name}: {link}: {wrong}" for link, wrong in found if wrong]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_where_it_says(page):
+    assert complaints(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "link, wrong",
+    [
+        ("[a](nowhere.md)", "no such file"),
+        ("[a](reading.md#nowhere)", "no such heading"),
+        ("[a](../grpo.py#L10)", "not the line"),
+        ("[`grpo.nowhere`](../grpo.py)", "no such name"),
+        ("[`teacher.update`](../grpo.py)", "no such name"),
+        ("[`teacher.Teacher.nowhere`](../teacher.py)", "no such name"),
+        ("[a](https://nowhere.example)", None),
+        ("[a](reading.md#5-reward)", None),
+        ("[`grpo.update`](../grpo.py)", None),
+        ("[`teacher.Teacher.feedback`](../teacher.py)", None),
+    ],
+)
+def test_a_wrong_link_is_found(link, wrong):
+    found = complaints(ROOT / "docs" / "memory.md", link)
+    assert len(found) == bool(wrong) and all(wrong in line for line in found)
+
+
+def test_the_reading_guide_links_what_it_explains():
+    text = (ROOT / "docs" / "reading.md").read_text()
+    for file in ("thinktuning.py", "grpo.py", "teacher.py"):
+        functions = {text for text, target in LINK.findall(text) if target == f"../{file}"}
+        assert len(functions) >= 4, file
+
+
+# ------------------------------------------------------------------ the edits of docs/reading.md
+
+
+def edits():
+    """(file, old lines, new lines) of every `diff` block; its first line names the file."""
+    text = (ROOT / "docs" / "reading.md").read_text()
+    for block in re.findall(r"^```diff\n(.*?)^```$", text, re.M | re.S):
+        file, *lines = block.splitlines()
+        old = "\n".join(line[2:] for line in lines if line.startswith("-"))
+        new = "\n".join(line[2:] for line in lines if line.startswith("+"))
+        yield file, old, new
+
+
+@pytest.mark.parametrize("file, old, new", list(edits()))
+def test_every_edit_can_be_made(file, old, new):
+    source = (ROOT / file).read_text()
+    assert source.count(old + "\n") == 1, f"{file} must have this once: {old}"
+    ast.parse(source.replace(old, new))
+
+
+def test_what_the_edits_did_is_what_was_measured():
+    measured = json.loads((ROOT / "results" / "try-this.json").read_text())
+    text = (ROOT / "docs" / "reading.md").read_text()
+    parts = text.split("```diff")  # what follows the i-th edit is in parts[i]
+    assert len(measured) == len(parts)  # the run without an edit takes the place of the first part
+    for part, (name, run) in zip(parts, measured.items()):
+        cells = [name]
+        for key in ("accuracy", "reflection_rate"):
+            cells += [f"{run[method][key]:.3f}" for method in ("grpo", "thinktuning")]
+        half = run["thinktuning"]["step_at_which_half_of_the_samples_reflect"]
+        cells.append("–" if half is None else str(half))
+        assert "| " + " | ".join(cells) + " |" in text
+        assert name == "no edit" or f"{run['thinktuning']['accuracy']:.3f}" in part, name
+
+
+def test_the_settings_in_the_table_of_symbols():
+    text = (ROOT / "docs" / "reading.md").read_text()
+    settings = re.findall(r"`(\w+)` = (-?[\d.]+)", text)
+    assert len(settings) >= 10
+    for name, value in settings:
+        assert str(getattr(Config(), name)) == value, name
+
+
+# ------------------------------------------------------------------ computed tables
+
+
+def row(*cells):
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def head(*cells):
+    return row(*cells) + row(*["---"] * len(cells))
+
+
+def number(x):
+    return f"{x:.4g}".replace("-", "−") if abs(x) >= 1e-12 else "0"
+
+
+def pull(pi, advantage, rho=1.0, shaping="aas"):
+    """−∂ℓ/∂log π of one guided token, by the program's own loss."""
+    logp = torch.tensor([[math.log(pi)]], dtype=torch.float64, requires_grad=True)
+    old = logp.detach() - math.log(rho)
+    here = torch.ones(1, 1)
+    advantages = torch.full((1, 1), advantage, dtype=torch.float64)
+    loss, _ = grpo.policy_loss(logp, old, advantages, mask=here, guided=here, shaping=shaping)
+    loss.backward()
+    return -logp.grad.item()
+
+
+POINTS = [(pi, a) for a in (2.0, -2.0) for pi in (1e-4, 0.01, 0.5)]
+
+
+def table_weights():
+    weights = ("γ(Â)", "π + γ", "w", "pull: AAS", "pull: ρ, fresh", "pull: π/π_T, π_T = 1")
+    text = head("π", "Â", *weights)
+    for pi, a in POINTS:
+        logp = torch.tensor([[math.log(pi)]], dtype=torch.float64)
+        advantages = torch.tensor([[a]], dtype=torch.float64)
+        gamma = grpo.shaping_coefficient(advantages).item()
+        w = grpo.shaped_ratio(logp, advantages).item()
+        pulls = (pull(pi, a), pull(pi, a, shaping="ratio"), a * pi)
+        text += row(*map(number, (pi, a, gamma, pi + gamma, w, *pulls)))
+    return text
+
+
+def table_stale():
+    rhos = (0.5, 1.0, 1.5, 4.0)
+    text = head("π", "Â", *(f"pull by ρ = {rho:g}" for rho in rhos), "pull by AAS, any ρ")
+    for pi, a in POINTS[1:3] + POINTS[4:]:
+        pulls = [pull(pi, a, rho, "ratio") for rho in rhos]
+        text += row(*map(number, (pi, a, *pulls, pull(pi, a, 1.5))))
+    return text
+
+
+def group(right, size):
+    """The rewards of a group, right ones first, and their advantages: (G,) each."""
+    rewards = torch.tensor([1.0] * right + [0.0] * (size - right), dtype=torch.float64)
+    return rewards, grpo.group_advantages(rewards[None])[0]
+
+
+def table_groups():
+    text = head("right of 8", "mean r", "std r", "Â of a right one", "Â of a wrong one")
+    for right in (0, 1, 2, 4, 7, 8):
+        rewards, a = group(right, 8)
+        of_right = number(a[0].item()) if right > 0 else "–"
+        of_wrong = number(a[-1].item()) if right < 8 else "–"
+        mean, std = rewards.mean().item(), rewards.std().item()
+        text += row(str(right), number(mean), number(std), of_right, of_wrong)
+    return text
+
+
+def expected_factor(p, size):
+    """x in E[mean over the group of Â·∇log π(o)] = x·∇p, over all groups of a question.
+
+    For p = 1/(1 + e^−θ) a right response has ∂log π/∂θ = 1 − p and a wrong one −p, and
+    ∂p/∂θ = p(1 − p).
+    """
+    step = 0.0
+    for right in range(size + 1):
+        rewards, advantages = group(right, size)
+        chance = math.comb(size, right) * p**right * (1 - p) ** (size - right)
+        step += chance * (advantages * (rewards - p)).mean().item()
+    return step / (p * (1 - p))
+
+
+def table_std():
+    text = head("p", "G = 8", "G = 64", "large G: 1/√(p(1−p))")
+    for p in (0.01, 0.1, 0.5, 0.9, 0.99):
+        factors = (expected_factor(p, 8), expected_factor(p, 64), 1 / math.sqrt(p * (1 - p)))
+        text += row(f"{p:g}", *(f"{x:.2f}" for x in factors))
+    return text
+
+
+SETTINGS = {
+    "rows 128, micro-batch 16,384, blocks kept": dict(micro_batch=16384, recompute=False),
+    "the same, computed again": dict(micro_batch=16384),
+    "rows 16, micro-batch 2,048, computed again": dict(micro_batch=2048, rows=16),
+}
+LLAMA_3B = ModelConfig(
+    vocab_size=128256,
+    dim=3072,
+    n_layers=28,
+    n_heads=24,
+    n_kv_heads=8,
+    head_dim=128,
+    ffn_dim=8192,
+    rope_theta=500000.0,
+    max_seq_len=131072,
+    tie_embeddings=True,
+)
+SIZES = plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16, device="cuda")
+
+
+def memory(**settings):
+    return plan.memory(Config(**settings), SIZES)
+
+
+def table_memory():
+    columns = [memory(**settings) for settings in SETTINGS.values()]
+    text = head("GiB", *SETTINGS)
+    for key in columns[0]:
+        text += row(key, *(f"{c[key] / plan.GIB:.1f}" for c in columns))
+    return text + row("**at the peak**", *(f"**{plan.peak(c) / plan.GIB:.1f}**" for c in columns))
+
+
+def refusal():
+    with pytest.raises(ValueError) as error:
+        plan.fit(Config(), SIZES, "cuda", 80 * plan.GIB)
+    indent = " " * 4
+    lines = textwrap.wrap(f"error: {error.value}", 96)
+    return "".join(f"{indent}{line}\n" for line in lines)
+
+
+TABLES = {
+    "weights": table_weights,
+    "stale": table_stale,
+    "groups": table_groups,
+    "std": table_std,
+    "memory": table_memory,
+    "refusal": refusal,
+}
+TABLE = re.compile(r"(<!-- computed: (\w+) -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def computed(text):
+    """A page's text with its tables computed again."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n", text)
+
+
+def test_every_computed_table_is_what_the_program_computes():
+    texts = [page.read_text() for page in PAGES]
+    found = [match[2] for text in texts for match in TABLE.finditer(text)]
+    assert sorted(found) == sorted(TABLES)
+    for text in texts:
+        assert text == computed(text), "run PYTHONPATH=. python docs/test_docs.py"
+
+
+def test_the_std_makes_the_step_the_gradient_of_an_arcsine():
+    for p in (0.2, 0.5, 0.9):
+        ascent = 2 * math.asin(math.sqrt(p + 1e-6)) - 2 * math.asin(math.sqrt(p - 1e-6))
+        slope = ascent / 2e-6
+        assert slope == pytest.approx(1 / math.sqrt(p * (1 - p)), rel=1e-6)
+        assert expected_factor(p, 1000) == pytest.approx(slope, rel=0.005)
+
+
+# ------------------------------------------------------------------ numbers in sentences
+
+
+def missing(page, *sentences):
+    text = " ".join((ROOT / "docs" / page).read_text().split())
+    return [sentence for sentence in sentences if sentence not in text]
+
+
+def result(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+TOP = {G: (G - 1) / math.sqrt(G) for G in range(2, 99)}  # Â of the only right answer of G
+
+
+def test_numbers_of_the_page_on_weights():
+    gamma = 0.001 * TOP[8] / 4
+    seen = result("try-this")["no edit"]
+    runs = result("ablate-all")
+    alike = ("ThinkTuning", "no AAS: ordinary ratio", "γ constant, as published")
+    means = [statistics.fmean(run["accuracy"] for run in runs[name]) for name in alike]
+    assert not missing(
+        "off-policy.md",
+        f"w is {1e-4 / (1e-4 + 0.0005):.3f}. At π = 1e-7 it is {1e-7 / (1e-7 + 0.0005):.4f}",
+        f"{TOP[5]:.2f} with G = 5 and {TOP[8]:.2f} with G = 8",
+        f"from G = {min(G for G in TOP if TOP[G] >= 4)} on",
+        f"between −{gamma:.2g} and {gamma:.2g}",
+        f"between {0.01 / (0.01 + gamma):.3f} (at Â = {TOP[8]:.2f})",
+        f"and {0.01 / (0.01 - gamma):.3f} (at Â = −{TOP[8]:.2f})",
+        f"by at most {0.01 / (0.01 - gamma) - 1:.1%}",
+        f"{seen['teacher_tokens_below_0.01']} of the {seen['teacher_tokens']:,} teacher tokens",
+        f"between {min(means):.3f} and {max(means):.3f}",
+        f"w is {0.00101 / (0.00101 - 0.001):.0f} at π = 0.00101",
+    )
+
+
+def test_numbers_of_the_reading_guide():
+    top = torch.tensor(TOP[8], dtype=torch.float64)
+    before = grpo.shaping_coefficient(top).item()
+    after = grpo.shaping_coefficient(top, gamma_min=0.1).item()
+    pi = 0.0002
+    assert not missing(
+        "reading.md",
+        f"Where Â = {TOP[8]:.2f}, a token with π = {pi} had w = {pi / (pi + before):.2f} "
+        f"and now has w = {pi / (pi + after):.4f}",
+    )
+
+
+def test_numbers_of_the_page_on_grpo():
+    _, advantages = group(1, 8)
+    right, wrong = advantages[0].item(), advantages[-1].item()
+    words = f"the right one gets {right:.2f} and each wrong one −{-wrong:.2f}"
+    assert not missing("grpo.md", words)
+
+
+def test_numbers_of_the_page_on_memory():
+    n, gib = 3_212_749_824, 1 << 30
+    cached = 2 * 28 * 8 * 128 * 2  # keys and values, layers, heads, head size, bytes
+    assert plan.parameters(LLAMA_3B) == n
+    longer, usual = memory(max_tokens=1025, micro_batch=16384), memory(micro_batch=16384)
+    assert longer["sampling"] - usual["sampling"] == 128 * cached
+    assert not missing(
+        "memory.md",
+        f"{n:,} parameters",
+        f"| the student's weights, bfloat16 | 2 | {2 * n / gib:.1f} |",
+        f"| master copy of the weights, float32 | 4 | {4 * n / gib:.1f} |",
+        f"| AdamW's two moments, float32 | 8 | {8 * n / gib:.1f} |",
+        f"| the teacher's weights, bfloat16 | 2 | {2 * n / gib:.1f} |",
+        f"The gradient: 4 bytes for each parameter, {4 * n / gib:.1f} GiB",
+        f"= {cached:,} bytes",
+        f"128 rows of 512 + 1024 positions takes {128 * 1536 * cached / gib:.1f} GiB",
+        f"12 · 128,256 = {12 * 128256:,} bytes",
+        f"16,384 tokens {12 * 128256 * 16384 / gib:.1f} GiB",
+    )
+
+
+def test_times_of_the_plan_for_a_class():
+    runs = [result(f"demo-seed{seed}")["seconds"] for seed in range(5)]
+    cached = [run["total"] for run in runs if run["pretrain"] == 0]
+    fresh = [run["total"] for run in runs if run["pretrain"] > 0]
+    assert (len(cached), len(fresh)) == (4, 1)
+    text = (ROOT / "exercises" / "README.md").read_text()
+    assert f"| {fresh[0]:.0f} s |" in text
+    assert f"| {min(cached):.0f} to {max(cached):.0f} s |" in text
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        before = page.read_text()
+        if before != computed(before):
+            page.write_text(computed(before))
+            print("written again:", page.relative_to(ROOT))
