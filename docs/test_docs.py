@@ -9,7 +9,6 @@ import math
 import re
 import statistics
 import textwrap
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,23 +32,23 @@ FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 # ------------------------------------------------------------------ links
 
 
-@cache
-def names(file):
-    """What a file defines: functions, classes, methods (`Teacher.feedback`), assigned names."""
-    found = set()
+def names(node):
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign):
+        return [node.target.id]
+    return [getattr(node, "name", None)]  # a function or a class
 
-    def visit(body, prefix):
-        for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found.add(prefix + node.name)
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, f"{prefix}{node.name}.")
-            if isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
 
-    visit(ast.parse(file.read_text()).body, "")
-    return found
+def defines(file, name):
+    """Whether a file has a function, class, constant or method (`Teacher.feedback`) at its top."""
+    nodes = ast.parse(file.read_text()).body
+    for part in name.split("."):
+        found = [node for node in nodes if part in names(node)]
+        if not found:
+            return False
+        nodes = getattr(found[0], "body", [])
+    return True
 
 
 def headings(page):
@@ -75,7 +74,7 @@ def complaint(page, text, target):
         return None
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     name = text.strip("`")
-    if name != module and name.removeprefix(module + ".") not in names(file):
+    if name != module and not defines(file, name.removeprefix(module + ".")):
         return "there is no such name in the file"
     return None
 
@@ -92,24 +91,16 @@ def test_every_link_leads_where_it_says(page):
     assert complaints(page, page.read_text()) == []
 
 
-@pytest.mark.parametrize(
-    "link, wrong",
-    [
-        ("[a](nowhere.md)", "no such file"),
-        ("[a](reading.md#nowhere)", "no such heading"),
-        ("[a](../grpo.py#L10)", "not the line"),
-        ("[`grpo.nowhere`](../grpo.py)", "no such name"),
-        ("[`teacher.update`](../grpo.py)", "no such name"),
-        ("[`teacher.Teacher.nowhere`](../teacher.py)", "no such name"),
-        ("[a](https://nowhere.example)", None),
-        ("[a](reading.md#5-reward)", None),
-        ("[`grpo.update`](../grpo.py)", None),
-        ("[`teacher.Teacher.feedback`](../teacher.py)", None),
-    ],
-)
-def test_a_wrong_link_is_found(link, wrong):
-    found = complaints(ROOT / "docs" / "memory.md", link)
-    assert len(found) == bool(wrong) and all(wrong in line for line in found)
+def test_wrong_links_are_found_and_right_ones_are_not():
+    page = ROOT / "docs" / "memory.md"
+    for right in ("[a](reading.md#5-reward)", "[a](https://nowhere.example)", "[a](../grpo.py)"):
+        assert complaints(page, right) == []
+    for right in ("[`grpo.update`](../grpo.py)", "[`teacher.Teacher.feedback`](../teacher.py)"):
+        assert complaints(page, right) == []
+    for wrong in ("[a](nowhere.md)", "[a](reading.md#nowhere)", "[a](../grpo.py#L10)"):
+        assert len(complaints(page, wrong)) == 1
+    for wrong in ("nowhere", "grpo.nowhere", "teacher.update", "Rollout.nowhere"):
+        assert len(complaints(page, f"[`{wrong}`](../grpo.py)")) == 1
 
 
 def test_the_reading_guide_links_what_it_explains():
@@ -258,16 +249,7 @@ SETTINGS = {
     "rows 16, micro-batch 2,048, computed again": dict(micro_batch=2048, rows=16),
 }
 LLAMA_3B = ModelConfig(
-    vocab_size=128256,
-    dim=3072,
-    n_layers=28,
-    n_heads=24,
-    n_kv_heads=8,
-    head_dim=128,
-    ffn_dim=8192,
-    rope_theta=500000.0,
-    max_seq_len=131072,
-    tie_embeddings=True,
+    128256, 3072, 28, 24, 8, 128, 8192, rope_theta=5e5, max_seq_len=131072, tie_embeddings=True
 )
 SIZES = plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16, device="cuda")
 
@@ -287,9 +269,8 @@ def table_memory():
 def refusal():
     with pytest.raises(ValueError) as error:
         plan.fit(Config(), SIZES, "cuda", 80 * plan.GIB)
-    indent = " " * 4
     lines = textwrap.wrap(f"error: {error.value}", 96)
-    return "".join(f"{indent}{line}\n" for line in lines)
+    return "".join(f"    {line}\n" for line in lines)
 
 
 TABLES = {
@@ -321,7 +302,7 @@ def test_the_std_makes_the_step_the_gradient_of_an_arcsine():
         ascent = 2 * math.asin(math.sqrt(p + 1e-6)) - 2 * math.asin(math.sqrt(p - 1e-6))
         slope = ascent / 2e-6
         assert slope == pytest.approx(1 / math.sqrt(p * (1 - p)), rel=1e-6)
-        assert expected_factor(p, 1000) == pytest.approx(slope, rel=0.005)
+        assert expected_factor(p, 300) == pytest.approx(slope, rel=0.01)
 
 
 # ------------------------------------------------------------------ numbers in sentences
