@@ -72,7 +72,7 @@ def complaint(page, text, target):
         return "name the function, not the line"
     if file.suffix != ".py" or not re.fullmatch(r"`[\w.]+`", text) or text.endswith(".py`"):
         return None
-    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     name = text.strip("`")
     if name != module and not defines(file, name.removeprefix(module + ".")):
         return "there is no such name in the file"
@@ -97,6 +97,7 @@ def test_wrong_links_are_found_and_right_ones_are_not():
         assert complaints(page, right) == []
     for right in ("[`grpo.update`](../grpo.py)", "[`teacher.Teacher.feedback`](../teacher.py)"):
         assert complaints(page, right) == []
+    assert complaints(page, "[`data.load_problems`](../data/__init__.py)") == []
     for wrong in ("[a](nowhere.md)", "[a](reading.md#nowhere)", "[a](../grpo.py#L10)"):
         assert len(complaints(page, wrong)) == 1
     for wrong in ("nowhere", "grpo.nowhere", "teacher.update", "Rollout.nowhere"):
