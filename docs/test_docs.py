@@ -119,8 +119,8 @@ def edits():
     text = (ROOT / "docs" / "reading.md").read_text()
     for block in re.findall(r"^```diff\n(.*?)^```$", text, re.M | re.S):
         file, *lines = block.splitlines()
-        old = "\n".join(line[2:] for line in lines if line.startswith("-"))
-        new = "\n".join(line[2:] for line in lines if line.startswith("+"))
+        old = "\n".join(line[1:] for line in lines if line.startswith("-"))
+        new = "\n".join(line[1:] for line in lines if line.startswith("+"))
         yield file, old, new
 
 
