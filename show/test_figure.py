@@ -48,7 +48,10 @@ def test_a_title_that_the_curves_do_not_show_is_refused():
 def test_curves_are_read_from_the_metrics_of_both_runs(tmp_path):
     for method, rates in (("grpo", (0.0, 0.25)), ("thinktuning", (0.5, 1.0))):
         (tmp_path / method).mkdir()
-        lines = [{"step": i, "reflection_rate": r, "fraction": 0.1 - 0.1 * i} for i, r in enumerate(rates)]
+        lines = [
+            {"step": i, "reflection_rate": r, "fraction": 0.1 - 0.1 * i}
+            for i, r in enumerate(rates)
+        ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / method / "metrics.jsonl").write_text(text)
     curves = figure.curves_of(tmp_path)
