@@ -1,0 +1,78 @@
+"""The README's picture and its numbers, held against the results files."""
+
+import json
+import re
+
+import pytest
+
+from show import figure
+
+CURVES = json.loads(figure.CURVES.read_text())
+
+
+def summary(seed: int) -> dict:
+    return json.loads((figure.ROOT / "results" / f"demo-seed{seed}.json").read_text())
+
+
+def test_the_committed_picture_is_what_the_program_draws_today():
+    drawn = figure.draw(CURVES)
+    assert figure.PICTURE.read_text() == drawn, "run python -m show.figure"
+
+
+def test_every_point_of_the_picture_is_a_number_of_the_results_file():
+    picture = figure.PICTURE.read_text()
+    for style, key in (("grpo", "grpo"), ("ours", "thinktuning")):
+        points = re.search(rf'<polyline class="{style}" points="([^"]*)"', picture)[1].split()
+        assert len(points) == len(CURVES[key])
+        for point, share in zip(points, CURVES[key], strict=True):
+            height = figure.BOTTOM - float(point.split(",")[1])
+            # Coordinates have one decimal, so a share is drawn to within 0.05 of the plot's height.
+            assert height / (figure.BOTTOM - figure.TOP) == pytest.approx(share, abs=0.0003)
+
+
+def test_the_words_of_the_picture_are_those_of_the_results_file():
+    picture = figure.PICTURE.read_text()
+    leaves = next(step for step, p in enumerate(CURVES["fraction"]) if p == 0)
+    assert f">the teacher leaves at step {leaves}<" in picture
+    for key in ("grpo", "thinktuning"):
+        assert f">{round(100 * CURVES[key][-1])}%</text>" in picture
+    assert CURVES["thinktuning"][-1] > 0.5 > CURVES["grpo"][-1]  # as its title says
+
+
+def test_a_title_that_the_curves_do_not_show_is_refused():
+    swapped = CURVES | {"grpo": CURVES["thinktuning"], "thinktuning": CURVES["grpo"]}
+    with pytest.raises(ValueError, match="does not show what the title says"):
+        figure.draw(swapped)
+
+
+def test_curves_are_read_from_the_metrics_of_both_runs(tmp_path):
+    for method, rates in (("grpo", (0.0, 0.25)), ("thinktuning", (0.5, 1.0))):
+        (tmp_path / method).mkdir()
+        lines = [
+            {"step": i, "reflection_rate": r, "fraction": 0.1 - 0.1 * i}
+            for i, r in enumerate(rates)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / method / "metrics.jsonl").write_text(text)
+    curves = figure.curves_of(tmp_path)
+    assert curves == {"grpo": [0.0, 0.25], "thinktuning": [0.5, 1.0], "fraction": [0.1, 0.0]}
+
+
+def test_the_readme_shows_the_picture_and_tells_it_in_words():
+    readme = " ".join((figure.ROOT / "README.md").read_text().split())
+    assert f"![{figure.description(CURVES)}](docs/figures/demonstration.svg)" in readme
+
+
+def test_the_readmes_result_is_that_of_five_seeds():
+    readme = (figure.ROOT / "README.md").read_text()
+    runs = [summary(seed) for seed in range(5)]
+    for title, key in (
+        ("accuracy", "accuracy"),
+        ("accuracy of the first answer", "first_answer_accuracy"),
+        ("responses that reflect", "reflection_rate"),
+    ):
+        cells = []
+        for name in ("base", "grpo", "thinktuning"):
+            values = [run[name][key] for run in runs]
+            cells.append(f"{sum(values) / 5:.3f} ({min(values):.3f}–{max(values):.3f})")
+        assert f"| {title} | {' | '.join(cells)} |" in readme
