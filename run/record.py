@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,8 @@ def lock(path: Path):
 def cut(path: Path, step: int, write: bool) -> list[dict]:
     """Take the lines of `step` and later out of a .jsonl file, a half-written last one too; returns those that stay."""
     kept = []
-    for line in regular(path).read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
-        entry = parse(line)
-        if not is_entry(entry) or entry["step"] >= step or not line.endswith("\n"):
+    for line, entry in read_lines(path) if path.exists() else ():
+        if entry is None or entry["step"] >= step or not line.endswith("\n"):
             break
         kept.append((line, entry))
     if write:
@@ -176,15 +176,16 @@ def writable(path) -> Path:
         return path
 
 
-def is_entry(value) -> bool:
-    return isinstance(value, dict) and type(value.get("step")) is int and 0 <= value["step"] < 10**9
-
-
-def parse(text: str):
-    try:
-        return parse_json(text)
-    except ValueError:
-        return None
+def read_lines(path: Path) -> Iterator[tuple[str, dict | None]]:
+    """Each line of a run's .jsonl file with its JSON object, which has a step; None for any other line."""
+    with open(regular(path), encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                entry = parse_json(line)
+            except ValueError:
+                entry = None
+            step = entry.get("step") if isinstance(entry, dict) else None
+            yield line, entry if type(step) is int and 0 <= step < 10**9 else None
 
 
 def describe_sampled(rollouts) -> dict[str, float]:

@@ -1,12 +1,11 @@
-"""A run's metrics to TensorBoard or Weights & Biases as well, for those who have the package: `train --tensorboard --wandb`.
+"""A run's metrics to TensorBoard or Weights & Biases as well: `train --tensorboard --wandb`.
 
-metrics.jsonl stays the record; what stands here can be made from it again.
+metrics.jsonl stays the record: what these two show can be made from it again.
 """
 
 from __future__ import annotations
 
 import importlib
-import secrets
 from pathlib import Path
 
 from run.config import RunFailed
@@ -15,58 +14,47 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def check(names) -> None:
-    """Raises ValueError if the package of one of the sinks is not there."""
+    """Raises ValueError if the package of one of the sinks is not installed."""
     for name in names:
         try:
             importlib.import_module(MODULES[name])
         except ImportError:
-            raise ValueError(f"--{name}: that package is not installed; pip install {name}, or leave --{name} out") from None
+            advice = f"pip install {name}, or leave --{name} out"
+            raise ValueError(f"--{name} needs a package: {advice}") from None
 
 
 def open_sinks(names, path: Path, config: dict, done: int) -> list:
-    """The sinks of the run in `path`, of which `done` steps are kept; those after them will come again."""
-    return [{"tensorboard": TensorBoard, "wandb": WandB}[name](path, config, done) for name in names]
+    """The sinks of the run in `path`, of which `done` steps are kept: later ones come again."""
+    kinds = {"tensorboard": TensorBoard, "wandb": WandB}
+    return [kinds[name](path, config, done) for name in names]
 
 
 class TensorBoard:
     def __init__(self, path, config, done):
         module = importlib.import_module(MODULES["tensorboard"])
-        self.writer = module.SummaryWriter(path / "tensorboard", purge_step=done)  # hides what was written of `done` and later
+        # purge_step hides what an earlier process wrote of step `done` and later.
+        self.writer = module.SummaryWriter(path / "tensorboard", purge_step=done)
+        self.close = self.writer.close
 
     def log(self, step, metrics):
-        for key, value in scalars(metrics).items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
+        counts = {f"behaviours/{name}": n for name, n in metrics.get("behaviours", {}).items()}
+        for key, value in (metrics | counts).items():
+            if key not in ("step", "behaviours"):
+                self.writer.add_scalar(key, value, step)
 
 
 class WandB:
     def __init__(self, path, config, done):
-        file = path / "wandb-id"  # a resumed run goes on in the one that it began
-        if not done or not file.exists():
-            file.write_text(secrets.token_hex(8))
+        stored = path / "wandb-id"  # a resumed run continues the one that it began there
+        known = stored.read_text() if done and stored.exists() else None
+        options = {"project": "thinktuning", "name": path.name, "dir": str(path), "config": config}
         try:
-            self.run = importlib.import_module("wandb").init(project="thinktuning", name=path.name, dir=str(path), config=config,
-                                                             id=file.read_text(), resume="allow")
-        except Exception as error:  # no login, no network: its own kinds of error, one of which is a plain Exception
-            raise RunFailed(f"--wandb: {error}; run `wandb login`, set WANDB_MODE=offline, or leave --wandb out") from None
+            self.run = importlib.import_module("wandb").init(**options, id=known, resume="allow")
+        except Exception as error:  # no login or no network: W&B raises kinds of its own
+            advice = "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
+            raise RunFailed(f"--wandb: {error}; {advice}") from None
+        stored.write_text(self.run.id)
+        self.close = self.run.finish
 
     def log(self, step, metrics):
-        if step >= self.run.step:  # it keeps what it has of a step: steps that come again are the same
-            self.run.log(scalars(metrics), step=step)
-
-    def close(self):
-        self.run.finish()
-
-
-def scalars(metrics: dict) -> dict[str, float]:
-    """Every number of a step's metrics; those of a dictionary inside as `behaviours/self-critique`."""
-    flat = {}
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}/{name}": n for name, n in value.items()}
-        elif key != "step":
-            flat[key] = value
-    return flat
+        self.run.log(metrics, step=step)  # W&B keeps what it has of a step that comes again

@@ -1,4 +1,4 @@
-"""The report: it draws the numbers that were recorded, says what they say, and lets nothing in or out."""
+"""The report draws the numbers that were recorded, says what they say, lets nothing in or out."""
 
 import functools
 import http.server
@@ -22,7 +22,7 @@ from grpo import Rollout, policy_loss
 from model import LM, ModelConfig
 from run.config import Config
 from show import charts, report
-from show.charts import Line, Point, finding, series, show, ticks, trend
+from show.charts import Line, Point, format_value, series, ticks, trend, trends
 from show.read_runs import Recorded, read_runs
 from show.transcripts import guidance_tokens, transcripts
 from teacher import Feedback, augment
@@ -34,28 +34,59 @@ HERE = Path(__file__).parents[1]
 def step_metrics(step, accuracy, reflects=0.0, fraction=0.0, **more):
     """What train records at one step, as far as the page looks at it."""
     asked = 8 if fraction else 0
-    return {"step": step, "reflection_rate": reflects, "finished": 1.0, "mean_length": 8.0 + 60 * reflects,
-            "sampled_accuracy": accuracy, "reward": accuracy, "fraction": fraction, "groups_equal": 0.25,
-            "teacher_asked": asked, "teacher_parsed": asked, "guided": asked, "guided_share_of_rollouts": asked / 64,
-            "teacher_said_correct": asked / 2, "teacher_opinion_right": 0.75 * asked,
-            "guided_reward": float(asked), "guided_original_reward": asked / 4,
-            "behaviours": {"self-conflict": asked // 2, "self-critique": asked // 4} if asked else {},
-            "loss": -0.1, "clip_fraction": 0.01, "dual_clip_fraction": 0.0, "entropy": 0.2, "tokens_per_second": 500.0, **more}
+    return {
+        "step": step,
+        "reflection_rate": reflects,
+        "mean_length": 8.0 + 60 * reflects,
+        "sampled_accuracy": accuracy,
+        "reward": accuracy,
+        "fraction": fraction,
+        "groups_equal": 0.25,
+        "teacher_asked": asked,
+        "teacher_parsed": asked,
+        "guided": asked,
+        "guided_share_of_rollouts": asked / 64,
+        "teacher_opinion_right": 0.75 * asked,
+        "guided_reward": float(asked),
+        "guided_original_reward": asked / 4,
+        "behaviours": {"self-conflict": asked // 2, "self-critique": asked // 4} if asked else {},
+        "clip_fraction": 0.01,
+        "dual_clip_fraction": 0.0,
+        "entropy": 0.2,
+        **more,
+    }
 
 
 def transcript(step, guided=False, **more):
     reason, phrase = "Wait, that does not fit.", "So the answer is \\boxed{4}."
-    words = [["\n\n", 0.976, 0.02], [reason, 0.4, 0.001], ["\n\n", 1.0, 0.99], [phrase, 1.0, 0.9], ["<|end|>", 1.0, 1.0]]
-    return {"step": step, "question": f"How many at step {step}?", "answer": "4", "student": "The answer is \\boxed{3}.",
-            "attempt_right": False, "opinion": "incorrect" if guided else None, "reason": reason if guided else None,
-            "phrase": phrase if guided else None, "reward": float(guided), "advantage": 1.5 if guided else -0.5,
-            "guidance": "".join(t for t, *_ in words) if guided else "", "guidance_tokens": words if guided else [], **more}
+    words = [
+        ["\n\n", 0.976, 0.02],
+        [reason, 0.4, 0.001],
+        ["\n\n", 1.0, 0.99],
+        [phrase, 1.0, 0.9],
+        ["<|end|>", 1.0, 1.0],
+    ]
+    return {
+        "step": step,
+        "question": f"How many at step {step}?",
+        "answer": "4",
+        "student": "The answer is \\boxed{3}.",
+        "attempt_right": False,
+        "opinion": "incorrect" if guided else None,
+        "reason": reason if guided else None,
+        "phrase": phrase if guided else None,
+        "reward": float(guided),
+        "advantage": 1.5 if guided else -0.5,
+        "guidance": "".join(t for t, *_ in words) if guided else "",
+        "guidance_tokens": words if guided else [],
+        **more,
+    }
 
 
 def make_run(path, metrics, lines=(), **config):
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"method": "thinktuning", "seed": 0, "steps": len(metrics), "questions": 8,
-                                                  "samples": 8, "learning_rate": 1e-4, **config}))
+    settings = {"method": "thinktuning", "seed": 0, "steps": len(metrics), "learning_rate": 1e-4}
+    (path / "config.json").write_text(json.dumps(settings | config))
     (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     (path / "transcripts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -65,22 +96,37 @@ def made(*paths) -> str:
     return report.page(*read_runs(paths))
 
 
+def command(*words) -> int:
+    return main([str(word) for word in words])
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     """ThinkTuning climbs and its teacher leaves at step 6; GRPO stays where it was."""
     rng = random.Random(0)
-    up = [step_metrics(s, min(0.95, 0.3 + 0.04 * s), min(1.0, 0.05 * s), 0.1 if s < 6 else 0.0,
-                       w_guided=0.99, pi_guided=0.9 + 0.01 * s) for s in range(40)]
+    up = [
+        step_metrics(
+            s,
+            min(0.95, 0.3 + 0.04 * s),
+            min(1.0, 0.05 * s),
+            0.1 if s < 6 else 0.0,
+            w_guided=0.99,
+            pi_guided=0.9 + 0.01 * s,
+        )
+        for s in range(40)
+    ]
     flat = [step_metrics(s, 0.3 + 0.05 * rng.random()) for s in range(40)]
     lines = [transcript(s, guided=s < 6) for s in range(40)]
-    return make_run(tmp_path / "a", up, lines), make_run(tmp_path / "b", flat, lines[6:], method="grpo")
+    return make_run(tmp_path / "a", up, lines), make_run(
+        tmp_path / "b", flat, lines[6:], method="grpo"
+    )
 
 
 # Reading the page back
 
 
 class Page(HTMLParser):
-    """Checks that every tag closes where it should, and collects tags with their attributes, and the text of each element."""
+    """Checks that every tag closes where it should; collects tags, attributes and texts."""
 
     VOID = {"meta", "link"}
     SELF_CLOSED = {"path", "polyline", "polygon", "circle"}
@@ -116,28 +162,57 @@ class Page(HTMLParser):
 def check_contained(text) -> Page:
     page = Page(text)
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "img", "iframe", "object", "embed", "form", "base", "image", "use"}
+    assert not names & {
+        "script",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "form",
+        "base",
+        "image",
+        "use",
+    }
     for tag, attributes in page.tags:
-        assert not any(name.startswith("on") or name in ("src", "srcset", "xlink:href") for name in attributes)
-        assert attributes.get("href", "#").startswith("#") or (tag, attributes["href"]) == ("link", "data:,")
-        assert not re.search(r"url\(|//", attributes.get("style", "") + attributes.get("content", ""))
+        assert not any(
+            name.startswith("on") or name in ("src", "srcset", "xlink:href") for name in attributes
+        )
+        assert attributes.get("href", "#").startswith("#") or (tag, attributes["href"]) == (
+            "link",
+            "data:,",
+        )
+        assert not re.search(
+            r"url\(|//", attributes.get("style", "") + attributes.get("content", "")
+        )
     assert not re.search(r"url\(|@import|//", "".join(page.of("style")))
     return page
 
 
 def chart(text, quantity):
-    """A chart's polylines and polygons in the units of its own axis labels, its title, a fifth of a pixel in y and in x."""
-    svg = next(m for m in re.findall(r"<svg viewBox=.*?</svg>", text, re.S) if f'aria-label="{quantity}' in m)
+    """Polylines and polygons in units of the axis labels, title, a fifth of a pixel in y and x."""
+    svg = next(
+        m
+        for m in re.findall(r"<svg viewBox=.*?</svg>", text, re.S)
+        if f'aria-label="{quantity}' in m
+    )
     root = ElementTree.fromstring(svg)
-    labels = [(e.get("text-anchor"), float(e.get("x")), float(e.get("y")), e.text) for e in root.iter("text")]
+    labels = [
+        (e.get("text-anchor"), float(e.get("x")), float(e.get("y")), e.text)
+        for e in root.iter("text")
+    ]
     percent = any(label.endswith("%") for _, _, _, label in labels)
-    ys = [(y, float(label.rstrip("%").replace(",", "")) / (100 if percent else 1))
-          for a, x, y, label in labels if x == 44 and a == "end"]
+    ys = [
+        (y, float(label.rstrip("%").replace(",", "")) / (100 if percent else 1))
+        for a, x, y, label in labels
+        if x == 44 and a == "end"
+    ]
     xs = [(x, float(label)) for a, x, _, label in labels if a == "middle"]
 
     def scale(pairs):
         (p0, v0), (p1, v1) = pairs[0], pairs[-1]
-        assert all(abs(p0 + (v - v0) * (p1 - p0) / (v1 - v0) - p) < 0.11 for p, v in pairs)  # labels stand where they should
+        assert all(
+            abs(p0 + (v - v0) * (p1 - p0) / (v1 - v0) - p) < 0.11 for p, v in pairs
+        )  # labels stand where they should
         return lambda p: v0 + (p - p0) * (v1 - v0) / (p1 - p0)
 
     fx, fy = scale(xs), scale(ys)
@@ -146,13 +221,20 @@ def chart(text, quantity):
         corners = [[c.split(",") for c in e.get("points").split()] for e in root.iter(tag)]
         return [[(fx(float(x)), fy(float(y))) for x, y in line] for line in corners]
 
-    return data("polyline"), data("polygon"), root.find("title").text, 0.2 * abs(fy(1.0) - fy(0.0)), 0.2 * abs(fx(1.0) - fx(0.0))
+    return (
+        data("polyline"),
+        data("polygon"),
+        root.find("title").text,
+        0.2 * abs(fy(1.0) - fy(0.0)),
+        0.2 * abs(fx(1.0) - fx(0.0)),
+    )
 
 
 def same(drawn, expected, dx, dy):
     drawn, expected = np.array(drawn), np.array(expected)
     assert drawn.shape == expected.shape
-    assert np.abs(drawn[:, 0] - expected[:, 0]).max() <= dx and np.abs(drawn[:, 1] - expected[:, 1]).max() <= dy
+    assert np.abs(drawn[:, 0] - expected[:, 0]).max() <= dx
+    assert np.abs(drawn[:, 1] - expected[:, 1]).max() <= dy
 
 
 # What is drawn
@@ -174,19 +256,31 @@ def test_the_page_is_well_formed_and_holds_everything_that_it_shows(two_runs):
 
 def test_numbers_drawn_are_the_numbers_recorded(two_runs):
     text = made(*two_runs)
-    for quantity, key in (("Own samples that reflect", "reflection_rate"), ("Accuracy of the student", "sampled_accuracy"),
-                          ("Length of the student", "mean_length"), ("Entropy", "entropy"), ("Groups skipped", "groups_equal")):
+    for quantity, key in (
+        ("Own samples that reflect", "reflection_rate"),
+        ("Accuracy of the student", "sampled_accuracy"),
+        ("Length of the student", "mean_length"),
+        ("Entropy", "entropy"),
+        ("Groups skipped", "groups_equal"),
+    ):
         lines, bands, _, dy, dx = chart(text, quantity)
         assert not bands  # one run each, and no error recorded
         for line, path in zip(lines, two_runs, strict=True):
-            same(line, [(m["step"], m[key]) for m in map(json.loads, open(path / "metrics.jsonl"))], dx, dy)
+            same(
+                line,
+                [(m["step"], m[key]) for m in map(json.loads, open(path / "metrics.jsonl"))],
+                dx,
+                dy,
+            )
 
 
 def test_bands_are_mean_and_standard_error_over_seeds(tmp_path):
     rng = np.random.default_rng(0)
     values = 0.3 + 0.4 * rng.random((5, 30))  # (seeds, steps)
-    paths = [make_run(tmp_path / f"r{i}", [step_metrics(s, v) for s, v in enumerate(row)], seed=i)
-             for i, row in enumerate(values)]
+    paths = [
+        make_run(tmp_path / f"r{i}", [step_metrics(s, v) for s, v in enumerate(row)], seed=i)
+        for i, row in enumerate(values)
+    ]
     (line,), (band,), _, dy, dx = chart(made(*paths), "Accuracy of the student")
     mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / math.sqrt(5)
     same(line, list(enumerate(mean)), dx, dy)
@@ -196,9 +290,25 @@ def test_bands_are_mean_and_standard_error_over_seeds(tmp_path):
 
 
 def test_the_band_of_one_run_is_the_error_that_it_recorded(tmp_path):
-    metrics = [step_metrics(s, 0.5, **({"eval_accuracy": 0.4 + s / 100, "eval_accuracy_se": 0.03, "eval_reflection_rate": 0.2}
-                                       if s % 5 == 4 else {})) for s in range(20)]
-    (line,), (band,), _, dy, dx = chart(made(make_run(tmp_path / "r", metrics)), "Accuracy on held-out problems")
+    metrics = [
+        step_metrics(
+            s,
+            0.5,
+            **(
+                {
+                    "eval_accuracy": 0.4 + s / 100,
+                    "eval_accuracy_se": 0.03,
+                    "eval_reflection_rate": 0.2,
+                }
+                if s % 5 == 4
+                else {}
+            ),
+        )
+        for s in range(20)
+    ]
+    (line,), (band,), _, dy, dx = chart(
+        made(make_run(tmp_path / "r", metrics)), "Accuracy on held-out problems"
+    )
     same(line, [(s, 0.4 + s / 100) for s in (4, 9, 14, 19)], dx, dy)
     same(band[:4], [(s, 0.43 + s / 100) for s in (4, 9, 14, 19)], dx, dy)
 
@@ -211,39 +321,80 @@ def test_a_share_s_band_ends_at_0_and_100_percent():
 
 def test_the_rollouts_that_nobody_helped_earn_what_is_left_of_the_mean():
     rewards, guided = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0], [0, 3]
-    metrics = {"reward": sum(rewards) / 8, "guided": 2, "guided_reward": 2.0, "guided_share_of_rollouts": 2 / 8}
-    assert report.unguided_reward(metrics) == pytest.approx(np.mean([r for i, r in enumerate(rewards) if i not in guided]))
-    assert report.unguided_reward({"reward": 0.5, "guided": 0, "guided_reward": 0, "guided_share_of_rollouts": 0.0}) is None
+    metrics = {
+        "reward": sum(rewards) / 8,
+        "guided": 2,
+        "guided_reward": 2.0,
+        "guided_share_of_rollouts": 2 / 8,
+    }
+    assert report.unguided_reward(metrics) == pytest.approx(
+        np.mean([r for i, r in enumerate(rewards) if i not in guided])
+    )
+    nobody = {"reward": 0.5, "guided": 0, "guided_reward": 0, "guided_share_of_rollouts": 0.0}
+    assert report.unguided_reward(nobody) is None
 
 
 def test_long_runs_are_drawn_as_means_over_bins_and_stay_under_one_megabyte(tmp_path):
     values = np.random.default_rng(1).random(10_000)
     metrics = [step_metrics(s, v, fraction=0.1 if s < 1500 else 0.0) for s, v in enumerate(values)]
-    long = [transcript(s, s < 1500, student="word " * 9000, question="why " * 3000, guidance="x" * (s < 1500),
-                       guidance_tokens=[["日本<", 0.5, 0.01]] * 3000) for s in (0, 700, 1400, 1500, 8000) for _ in range(3)]
+    long = [
+        transcript(
+            s,
+            s < 1500,
+            student="word " * 9000,
+            question="why " * 3000,
+            guidance="x" * (s < 1500),
+            guidance_tokens=[["日本<", 0.5, 0.01]] * 3000,
+        )
+        for s in (0, 700, 1400, 1500, 8000)
+        for _ in range(3)
+    ]
     long.append(transcript(9999, student="the very end"))
-    runs = [Recorded(tmp_path, {"method": "thinktuning", "seed": i, "p_init": i}, metrics, long) for i in range(2)]
+    runs = [
+        Recorded(tmp_path, {"method": "thinktuning", "seed": i, "p_init": i}, metrics, long)
+        for i in range(2)
+    ]
     text = report.page(runs, [])
     size, left_out = len(text.encode()), Page(text).of("p")[-1]
-    assert 800_000 < size < 1_000_000 and left_out.endswith("would not fit on the page; transcripts.jsonl has them.")
+    assert 800_000 < size < 1_000_000 and left_out.endswith(
+        "would not fit on the page; transcripts.jsonl has them."
+    )
     check_contained(text)
-    every = 10_000 // 120 + 1
+    every = 1 + 9_999 // 120
     polylines, _, _, dy, dx = chart(text, "Accuracy of the student")
-    same(polylines[0], [(s + (every - 1) / 2, values[s : s + every].mean()) for s in range(0, 10_000, every)], dx, dy)
-    assert any(note.endswith(f"Each point is a mean over {every} steps.") for note in Page(text).of("p"))
-    assert [int(s) for s in re.findall("<h3>ThinkTuning, p_init 0, step ([0-9]+): ", text)] == [0, 1400, 1500, 9999]
+    same(
+        polylines[0],
+        [(s + (every - 1) / 2, values[s : s + every].mean()) for s in range(0, 10_000, every)],
+        dx,
+        dy,
+    )
+    assert any(
+        note.endswith(f"Each point is a mean over {every} steps.") for note in Page(text).of("p")
+    )
+    assert [int(s) for s in re.findall("<h3>ThinkTuning, p_init 0, step ([0-9]+): ", text)] == [
+        0,
+        1400,
+        1500,
+        9999,
+    ]
 
 
 def test_many_methods_are_drawn_with_fewer_points(tmp_path):
     metrics = [step_metrics(s, s / 130, fraction=0.1) for s in range(130)]
-    runs = [Recorded(tmp_path, {"method": "thinktuning", "p_init": i}, metrics, [transcript(0, True)]) for i in range(24)]
+    runs = [
+        Recorded(tmp_path, {"method": "thinktuning", "p_init": i}, metrics, [transcript(0, True)])
+        for i in range(24)
+    ]
     text = report.page(runs, [])
     size = len(text.encode())
     assert size < 1_000_000
     polylines, _, _, dy, dx = chart(text, "Accuracy of the student")
     every = 1 + 129 // len(polylines[0])
     assert len(polylines) == 24 and every > 2
-    expected = [(s + (every - 1) / 2, np.arange(s, min(130, s + every)).mean() / 130) for s in range(0, 130, every)]
+    expected = [
+        (s + (every - 1) / 2, np.arange(s, min(130, s + every)).mean() / 130)
+        for s in range(0, 130, every)
+    ]
     same(polylines[7], expected, dx, dy)
 
 
@@ -256,21 +407,29 @@ def points(*values, error=0.0):
 
 def test_titles_follow_the_data(two_runs, tmp_path):
     text = made(*two_runs)
-    swapped = [make_run(tmp_path / "s" / p.name, [json.loads(line) for line in open(other / "metrics.jsonl")],
-                        method=json.loads((p / "config.json").read_text())["method"])
-               for p, other in zip(two_runs, two_runs[::-1])]
+    swapped = [
+        make_run(
+            tmp_path / "s" / p.name,
+            [json.loads(line) for line in open(other / "metrics.jsonl")],
+            method=json.loads((p / "config.json").read_text())["method"],
+        )
+        for p, other in zip(two_runs, two_runs[::-1])
+    ]
     flipped = made(*swapped)
     title = chart(text, "Own samples that reflect")[2]
     assert title == "ThinkTuning rises from 7.5% to 100%; GRPO stays at 0%"
-    assert chart(flipped, "Own samples that reflect")[2] == "ThinkTuning stays at 0%; GRPO rises from 7.5% to 100%"
+    title = chart(flipped, "Own samples that reflect")[2]
+    assert title == "ThinkTuning stays at 0%; GRPO rises from 7.5% to 100%"
     assert "GRPO shows no clear change" in chart(text, "Accuracy of the student")[2]
     assert "ThinkTuning shows no clear change" in chart(flipped, "Accuracy of the student")[2]
     assert re.search("<h1>ThinkTuning gets 95% of its last samples right, GRPO 3", text)
     assert re.search("<h1>GRPO gets 95% of its last samples right, ThinkTuning 3", flipped)
-    assert "The teacher leaves at step 6" in text
+    assert "ThinkTuning: the teacher leaves at step 6" in Page(text).of("h3")
     assert chart(text, "Its replies")[2] == "On average: in format 100%, opinion right 75%"
     earned = chart(text, "Reward of a rollout")[2]
-    assert earned.startswith("On average: with help 1, the same attempts alone 0.25, nobody helped 0.")
+    assert earned.startswith(
+        "On average: with help 1, the same attempts alone 0.25, nobody helped 0."
+    )
 
 
 def test_a_trend_is_named_only_where_it_stands_out_from_the_noise():
@@ -278,35 +437,73 @@ def test_a_trend_is_named_only_where_it_stands_out_from_the_noise():
     noise = rng.normal(0, 0.05, 80)
     assert trend(points(*np.linspace(0.2, 0.8, 80) + noise), "%").startswith("rises from 2")
     assert trend(points(*np.linspace(0.8, 0.2, 80) + noise), "%").startswith("falls from 7")
-    named = [trend(points(*0.5 + rng.normal(0, 0.05, 80)), "%").startswith("shows no clear change") for _ in range(200)]
-    assert 0.75 < sum(named) / 200  # two standard errors of a difference of two means of 8; a peak may also be named
+    named = [
+        trend(points(*0.5 + rng.normal(0, 0.05, 80)), "%").startswith("shows no clear change")
+        for _ in range(200)
+    ]
+    # Two standard errors of a difference of two means of 8; a peak may also be named.
+    assert 0.75 < sum(named) / 200
     assert trend(points(0.4, 0.41, error=0.03), "%") == "shows no clear change (40% to 41%)"
     assert trend(points(0.4, 0.61, error=0.03), "%") == "rises from 40% to 61%"
     assert trend(points(0.5, 0.5, 0.5), "%") == "stays at 50%"
-    assert trend(points(*[0.0] * 20, *[1.0] * 20, *[0.0] * 20), "%") == "peaks at 100% (step 20) and ends at 0%"
-    assert trend(points(*[1.0] * 20, *[0.5] * 20, *[1.0] * 20), "") == "dips to 0.5 (step 20) and ends at 1"
+    peak = points(*[0.0] * 20, *[1.0] * 20, *[0.0] * 20)
+    assert trend(peak, "%") == "peaks at 100% (step 20) and ends at 0%"
+    dip = points(*[1.0] * 20, *[0.5] * 20, *[1.0] * 20)
+    assert trend(dip, "") == "dips to 0.5 (step 20) and ends at 1"
     assert trend(points(7.0), "tokens") == "is at 7"
 
 
 def test_a_headline_of_many_methods_gives_their_range():
-    results = [(name, "s0", value, 0.0, 0.5, "held-out problems")
-               for name, value in zip("abcdef", (0.1, 0.9, 0.3, 0.2, math.nan, 0.4))]
-    assert report.headline(results[:4]) == "b gets 90% of held-out problems right, c 30%, d 20%, a 10%"
-    assert report.headline(results) == "b gets 90% of held-out problems right, the others 10% to 40%"
+    reflects = Point(0, 0.5, 0.0)
+    results = [
+        report.Result(name, "s0", Point(0, value, 0.0), reflects, "held-out problems")
+        for name, value in zip("abcdef", (0.1, 0.9, 0.3, 0.2, 0.15, 0.4))
+    ]
+    best = "b gets 90% of held-out problems right"
+    assert report.headline(results[:4]) == best + ", c 30%, d 20%, a 10%"
+    assert report.headline(results) == best + ", the others 10% to 40%"
 
 
 def test_many_lines_are_told_by_the_highest_and_the_lowest():
-    lines = [Line(name, "s0", points(0.1, end)) for name, end in (("a", 0.2), ("b", 0.9), ("c", 0.05), ("d", 0.3))]
-    assert finding(lines, "%") == "b ends highest (90%), c lowest (5%)"
+    lines = [
+        Line(name, "s0", points(0.1, end))
+        for name, end in (("a", 0.2), ("b", 0.9), ("c", 0.05), ("d", 0.3))
+    ]
+    assert trends(lines, "%") == "b ends highest (90%), c lowest (5%)"
 
 
 def test_numbers_are_shown_with_the_digits_that_they_need():
-    assert [show(v, "%") for v in (0.0, 0.0003, 0.005, 0.334, 1.0)] == ["0%", "under 0.1%", "0.5%", "33.4%", "100%"]
-    assert [show(v, "") for v in (0.0, 0.12345, 73.288, 1234.5, math.nan)] == ["0", "0.123", "73.3", "1,234", "–"]
+    assert [format_value(v, "%") for v in (0.0, 0.0003, 0.005, 0.334, 1.0)] == [
+        "0%",
+        "under 0.1%",
+        "0.5%",
+        "33.4%",
+        "100%",
+    ]
+    assert [format_value(v, "") for v in (0.0, 0.12345, 73.288, 1234.5, math.nan)] == [
+        "0",
+        "0.123",
+        "73.3",
+        "1,234",
+        "–",
+    ]
 
 
-@pytest.mark.parametrize("low, high", [(0, 0), (0, 1), (0.3, 0.31), (5, 5), (-3, 2), (0, 1e-15), (0, 9.9e11), (-4, -4),
-                                       (0.955, 1.0), (0.2, 0.2 + 3e-17)])
+@pytest.mark.parametrize(
+    "low, high",
+    [
+        (0, 0),
+        (0, 1),
+        (0.3, 0.31),
+        (5, 5),
+        (-3, 2),
+        (0, 1e-15),
+        (0, 9.9e11),
+        (-4, -4),
+        (0.955, 1.0),
+        (0.2, 0.2 + 3e-17),
+    ],
+)
 def test_ticks_are_few_round_and_reach_around_the_values(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high * (1 - 1e-9) and 2 <= len(found) <= 8
@@ -318,39 +515,57 @@ def test_ticks_are_few_round_and_reach_around_the_values(low, high):
 
 def test_variants_of_one_method_are_told_apart_by_what_differs(tmp_path):
     metrics = [step_metrics(s, 0.5) for s in range(3)]
-    runs = [make_run(tmp_path / f"{rate}-{seed}", metrics, learning_rate=rate, seed=seed)
-            for rate in (1e-4, 1e-3) for seed in (0, 1)]
-    groups = report.group_runs(read_runs([*runs, make_run(tmp_path / "g", metrics, method="grpo")])[0], 120)
+    runs = [
+        make_run(tmp_path / f"{rate}-{seed}", metrics, learning_rate=rate, seed=seed)
+        for rate in (1e-4, 1e-3)
+        for seed in (0, 1)
+    ]
+    groups = report.group_runs(
+        read_runs([*runs, make_run(tmp_path / "g", metrics, method="grpo")])[0]
+    )
     assert [(g.name, len(g.runs)) for g in groups] == [
-        ("ThinkTuning, learning_rate 0.0001", 2), ("ThinkTuning, learning_rate 0.001", 2), ("GRPO", 1)]
+        ("ThinkTuning, learning_rate 0.0001", 2),
+        ("ThinkTuning, learning_rate 0.001", 2),
+        ("GRPO", 1),
+    ]
     assert len({g.style for g in groups}) == 3
-
-
-def test_a_run_that_took_no_part_in_a_demonstration_is_named_beside_its_table(tmp_path):
-    demonstration = tmp_path / "demo"
-    make_run(demonstration / "grpo", [step_metrics(0, 0.3)], method="grpo", model="the demonstration's base")
-    scores = {"accuracy": 0.3, "reflection_rate": 0.0}
-    (demonstration / "summary.json").write_text(json.dumps({"base": scores, "grpo": scores}))
-    make_run(tmp_path / "mine", [step_metrics(0, 0.9)], method="grpo", model="somewhere")
-    assert "Not in this table" not in made(demonstration)
-    assert f"Not in this table, for want of the same test: {tmp_path / 'mine'}." in made(demonstration, tmp_path / "mine")
-    assert "Not in this table" not in made(tmp_path / "mine")
 
 
 def test_a_demonstration_shows_its_held_out_table_first(tmp_path):
     def summary(shift):
-        return {"base": {"accuracy": 0.3 + shift, "accuracy_se": 0.021, "reflection_rate": 0.0, "wrong_to_right": 0},
-                "thinktuning": {"accuracy": 0.9 + shift, "accuracy_se": 0.01, "reflection_rate": 1.0}, "seed": 0}
+        return {
+            "base": {
+                "accuracy": 0.3 + shift,
+                "accuracy_se": 0.021,
+                "reflection_rate": 0.0,
+                "wrong_to_right": 0,
+            },
+            "thinktuning": {"accuracy": 0.9 + shift, "accuracy_se": 0.01, "reflection_rate": 1.0},
+            "seed": 0,
+        }
+
     shifts = (0.0, 0.03, 0.06)
     for i, shift in enumerate(shifts):
-        make_run(tmp_path / f"d{i}" / "thinktuning", [step_metrics(s, 0.5) for s in range(3)], seed=i)
+        make_run(
+            tmp_path / f"d{i}" / "thinktuning", [step_metrics(s, 0.5) for s in range(3)], seed=i
+        )
         (tmp_path / f"d{i}" / "summary.json").write_text(json.dumps(summary(shift)))
     one = check_contained(made(tmp_path / "d0"))
     assert one.of("h1") == ["ThinkTuning gets 90% of held-out problems right, Base 30%"]
     assert "30% ± 2.1%" in one.of("td") and one.of("h2")[0] == "The outcome"
+    (tmp_path / "d0" / "summary.json").write_text(
+        json.dumps({**summary(0.0), "base": {"accuracy": math.nan}})
+    )
+    odd = check_contained(made(tmp_path / "d0"))  # what was not measured is not compared
+    assert odd.of("h1") == ["ThinkTuning gets 90% of held-out problems right"] and "–" in odd.of(
+        "td"
+    )
+    (tmp_path / "d0" / "summary.json").write_text(json.dumps(summary(0.0)))
     three = check_contained(made(*(tmp_path / f"d{i}" for i in range(3))))
     error = np.std(shifts, ddof=1) / math.sqrt(3)
-    assert f"33% ± {100 * error:.1f}%" in three.of("td") and "over 3 demonstrations" in "".join(three.of("caption"))
+    assert f"33% ± {100 * error:.1f}%" in three.of("td") and "over 3 demonstrations" in "".join(
+        three.of("caption")
+    )
 
 
 # Odd runs
@@ -358,12 +573,17 @@ def test_a_demonstration_shows_its_held_out_table_first(tmp_path):
 
 def test_runs_of_no_step_of_one_step_and_stopped_early(tmp_path):
     empty = check_contained(made(make_run(tmp_path / "empty", [])))
-    assert empty.of("h1") == ["Nothing was measured"] and not [t for t, _ in empty.tags if t == "figure"]
-    one = made(make_run(tmp_path / "one", [step_metrics(0, 0.5, fraction=0.1)], [transcript(0, True)]))
+    assert empty.of("h1") == ["Nothing was measured"] and not [
+        t for t, _ in empty.tags if t == "figure"
+    ]
+    one = made(
+        make_run(tmp_path / "one", [step_metrics(0, 0.5, fraction=0.1)], [transcript(0, True)])
+    )
     check_contained(one)
-    assert chart(one, "Accuracy of the student")[2] == "ThinkTuning is at 50%" and "The teacher stays to the end" in one
-    stopped = made(make_run(tmp_path / "stopped", [step_metrics(s, 0.5) for s in range(7)], steps=80))
-    assert "7 of 80: stopped early" in stopped
+    assert chart(one, "Accuracy of the student")[2] == "ThinkTuning is at 50%"
+    assert "the teacher stays to the end" in one
+    stopped = make_run(tmp_path / "stopped", [step_metrics(s, 0.5) for s in range(7)], steps=80)
+    assert "7 of 80: stopped early" in made(stopped)
     gone = make_run(tmp_path / "gone", [step_metrics(0, 0.5)])
     (gone / "transcripts.jsonl").unlink()
     check_contained(made(gone))
@@ -373,34 +593,54 @@ def test_values_that_are_no_numbers_leave_a_gap(tmp_path):
     odd = {3: None, 4: math.nan, 5: math.inf, 9: "high", 10: 10**400, 14: [1]}
     metrics = [step_metrics(s, odd.get(s, s / 40)) for s in range(20)]
     lines, _, _, dy, dx = chart(made(make_run(tmp_path / "r", metrics)), "Accuracy of the student")
-    for line, steps in zip(lines, (range(3), range(6, 9), range(11, 14), range(15, 20)), strict=True):
+    for line, steps in zip(
+        lines, (range(3), range(6, 9), range(11, 14), range(15, 20)), strict=True
+    ):
         same(line, [(s, s / 40) for s in steps], dx, dy)
     nothing = [{"step": s, "reward": None, "fraction": None, "behaviours": None} for s in range(3)]
     assert "<figure>" not in made(make_run(tmp_path / "n", nothing))
 
 
 def test_a_seed_that_stopped_early_leaves_the_others_in_the_mean(tmp_path):
-    runs = [make_run(tmp_path / f"r{i}", [step_metrics(s, 0.2 * (i + 1)) for s in range(4 - i)], steps=4, seed=i)
-            for i in range(2)]
+    runs = [
+        make_run(
+            tmp_path / f"r{i}",
+            [step_metrics(s, 0.2 * (i + 1)) for s in range(4 - i)],
+            steps=4,
+            seed=i,
+        )
+        for i in range(2)
+    ]
     found = series(read_runs(runs)[0], "sampled_accuracy")
     assert [p.mean for p in found] == pytest.approx([0.3, 0.3, 0.3, 0.2]) and found[3].error == 0
 
 
 HOSTILE = (
-    "</style></title><script>alert(1)</script>", "\"' onload='alert(1)' x=\"<img src=http://e.example/x.png>",
-    "</svg>]]><!--", "\x00\x07\x1b[31m\x7f\x85\ufffe", "\ud800 lone \udfff", "\u202eright to left\u2066", "&lt;script&gt;",
-    "javascript:alert(1)")
+    "</style></title><script>alert(1)</script>",
+    "\"' onload='alert(1)' x=\"<img src=http://e.example/x.png>",
+    "</svg>]]><!--",
+    "\x00\x07\x1b[31m\x7f\x85\ufffe",
+    "\ud800 lone \udfff",
+    "\u202eright to left\u2066",
+    "&lt;script&gt;",
+    "javascript:alert(1)",
+)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_text_wherever_it_comes_from(text, tmp_path):
     name = re.sub(r"[\x00/\ud800-\udfff]", "_", text)
     fields = ("question", "answer", "student", "opinion", "reason", "phrase", "guidance")
-    line = {**transcript(0, True), **dict.fromkeys(fields, text),
-            "guidance_tokens": [[text, 0.3, 0.1], [text, None, 0.1]]}
+    line = {
+        **transcript(0, True),
+        **dict.fromkeys(fields, text),
+        "guidance_tokens": [[text, 0.3, 0.1], [text, None, 0.1]],
+    }
     metrics = [step_metrics(s, 0.5, fraction=0.1, behaviours={text: 1}) for s in range(3)]
-    runs = [make_run(tmp_path / name, metrics, [line], **{"published": text, text: text}),
-            make_run(tmp_path / "other", metrics, [line], method=text)]
+    runs = [
+        make_run(tmp_path / name, metrics, [line], **{"published": text, text: text}),
+        make_run(tmp_path / "other", metrics, [line], method=text),
+    ]
     page = made(*runs)
     check_contained(page)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", page)
@@ -415,13 +655,15 @@ def test_texts_are_isolated_from_the_direction_of_others(two_runs):
     assert [t for t, _ in page.tags].count("article") >= 6
 
 
-@pytest.mark.parametrize("broken", ['{"step": 1', "[1]", "{}", '{"step": "1"}', '{"step": -1}', "[" * 9999])
+@pytest.mark.parametrize(
+    "broken", ['{"step": 1', "[1]", "{}", '{"step": "1"}', '{"step": -1}', "[" * 9999]
+)
 def test_a_broken_line_is_named_with_file_and_number(broken, tmp_path, capsys):
     run = make_run(tmp_path / "run", [step_metrics(0, 0.5)])
     for name in ("metrics.jsonl", "transcripts.jsonl"):
         keep = (run / name).read_text()
         (run / name).write_text('{"step": 0}\n' + broken + "\n")
-        assert main(["report", str(run)]) == 2
+        assert command("report", run) == 2
         err = capsys.readouterr().err
         assert f"{name}, line 2:" in err and err.count("\n") == 1 and "Traceback" not in err
         (run / name).write_text(keep)
@@ -429,20 +671,56 @@ def test_a_broken_line_is_named_with_file_and_number(broken, tmp_path, capsys):
 
 
 def test_tokens_that_are_no_triples_are_named(tmp_path, capsys):
-    run = make_run(tmp_path / "run", [step_metrics(7, 0.5)], [transcript(7, True, guidance_tokens=[["a", 1.0]])])
-    assert main(["report", str(run)]) == 2
+    run = make_run(
+        tmp_path / "run",
+        [step_metrics(7, 0.5)],
+        [transcript(7, True, guidance_tokens=[["a", 1.0]])],
+    )
+    assert command("report", run) == 2
     assert "transcripts.jsonl, step 7: guidance_tokens" in capsys.readouterr().err
 
 
 def test_whatever_the_fields_hold_there_is_a_page():
     rng = random.Random(0)
-    values = (None, True, [], {}, "x", "\ud800", -1, 0, 1e300, 1e-300, math.nan, math.inf, 10**400, [[1]], {"a": 1})
+    values = (
+        None,
+        True,
+        [],
+        {},
+        "x",
+        "\ud800",
+        -1,
+        0,
+        1e300,
+        1e-300,
+        math.nan,
+        math.inf,
+        10**400,
+        [[1]],
+        {"a": 1},
+    )
     for _ in range(150):
-        metrics = [step_metrics(s, 0.5, 0.2, 0.1 * (s < 3), eval_accuracy=0.4, eval_accuracy_se=0.1) for s in range(5)]
-        lines, config = [transcript(s, s < 3) for s in range(5)], {"method": "grpo", "seed": 0, "steps": 5, "samples": 3}
-        summary = {"base": {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1}, "grpo": {"accuracy": 0.9}}
-        for spoilt in (rng.choice(metrics), rng.choice(lines), config, rng.choice([summary, summary["base"]])):
-            spoilt[rng.choice([k for k in spoilt if k not in ("step", "guidance_tokens")])] = rng.choice(values)
+        metrics = [
+            step_metrics(s, 0.5, 0.2, 0.1 * (s < 3), eval_accuracy=0.4, eval_accuracy_se=0.1)
+            for s in range(5)
+        ]
+        lines, config = (
+            [transcript(s, s < 3) for s in range(5)],
+            {"method": "grpo", "seed": 0, "steps": 5, "samples": 3},
+        )
+        summary = {
+            "base": {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1},
+            "grpo": {"accuracy": 0.9},
+        }
+        for spoilt in (
+            rng.choice(metrics),
+            rng.choice(lines),
+            config,
+            rng.choice([summary, summary["base"]]),
+        ):
+            spoilt[rng.choice([k for k in spoilt if k not in ("step", "guidance_tokens")])] = (
+                rng.choice(values)
+            )
         runs = [Recorded(Path("r"), config, metrics, lines)] * rng.choice((1, 2))
         check_contained(report.page(runs, rng.choice(([], [summary]))))
 
@@ -450,32 +728,41 @@ def test_whatever_the_fields_hold_there_is_a_page():
 def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     run = make_run(tmp_path / "run", [step_metrics(0, 0.5)])
-    for words, path in (("no metrics.jsonl", tmp_path / "empty"), ("not a directory", tmp_path / "nowhere")):
-        assert main(["report", str(path)]) == 2
+    for words, path in (
+        ("no metrics.jsonl", tmp_path / "empty"),
+        ("not a directory", tmp_path / "nowhere"),
+    ):
+        assert command("report", path) == 2
         assert words in (err := capsys.readouterr().err) and path.name in err
     (run / "config.json").write_text("[]")
-    assert main(["report", str(run)]) == 2 and "config.json" in capsys.readouterr().err
+    assert command("report", run) == 2 and "config.json" in capsys.readouterr().err
     (run / "config.json").unlink()
-    assert main(["report", str(run)]) == 2 and "config.json" in capsys.readouterr().err
+    assert command("report", run) == 2 and "config.json" in capsys.readouterr().err
 
 
 def test_where_the_page_goes(two_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["report", str(two_runs[0])]) == 0 and "report.html" in capsys.readouterr().out
+    assert command("report", two_runs[0]) == 0 and "report.html" in capsys.readouterr().out
     assert (two_runs[0] / "report.html").read_text() == made(two_runs[0])
-    assert main(["report", *map(str, two_runs)]) == 0 and (tmp_path / "report.html").read_text() == made(*two_runs)
-    assert main(["report", *map(str, two_runs), "--out", "x.html"]) == 0 and (tmp_path / "x.html").exists()
-    assert main(["report", str(two_runs[0]), "--out", "no/where.html"]) == 1 and "no/where.html" in capsys.readouterr().err
-    assert made(*two_runs, two_runs[0], tmp_path) == made(*two_runs)  # a run given twice counts once
+    assert command("report", *two_runs) == 0 and (tmp_path / "report.html").read_text() == made(
+        *two_runs
+    )
+    assert command("report", *two_runs, "--out", "x.html") == 0 and (tmp_path / "x.html").exists()
+    assert command("report", two_runs[0], "--out", "no/where.html") == 1
+    assert "no/where.html" in capsys.readouterr().err
+    again = made(*two_runs, two_runs[0], tmp_path)
+    assert again == made(*two_runs)  # a run given twice counts once
 
 
 def test_every_training_run_writes_its_report(tmp_path, capsys):
     torch.manual_seed(0)
     tokenizer = Tokenizer.builtin()
-    LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)).save(tmp_path / "model", tokenizer)
-    flags = "--steps 2 --questions 2 --samples 2 --max-tokens 8 --teacher-reply 30 --eval-data wordproblems --eval-count 4"
-    assert main(["train", "--model", str(tmp_path / "model"), "--data", "wordproblems", "--out", str(tmp_path / "run"),
-                 *flags.split()]) == 0
+    config = ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)
+    LM(config).save(tmp_path / "model", tokenizer)
+    flags = "--steps 2 --questions 2 --samples 2 --max-tokens 8 --teacher-reply 30"
+    flags += " --data wordproblems --eval-data wordproblems --eval-count 4"
+    places = ["--model", tmp_path / "model", "--out", tmp_path / "run"]
+    assert command("train", *places, *flags.split()) == 0
     page = check_contained((tmp_path / "run" / "report.html").read_text())
     assert page.of("h1") == ["ThinkTuning gets 0% of held-out problems right"]
 
@@ -483,10 +770,23 @@ def test_every_training_run_writes_its_report(tmp_path, capsys):
 # Transcripts
 
 
-def guided_rollout(advantage, reason="Wait, that does not fit.", phrase="So the answer is \\boxed{7}.", max_tokens=200):
+def guided_rollout(
+    advantage,
+    reason="Wait, that does not fit.",
+    phrase="So the answer is \\boxed{7}.",
+    max_tokens=200,
+):
     tokenizer = Tokenizer.builtin()
     response = tokenizer.encode("The answer is \\boxed{8}.") + [next(iter(tokenizer.stop))]
-    r = Rollout([1, 2], response, True, question="q", answer="7", text="The answer is \\boxed{8}.", advantage=advantage)
+    r = Rollout(
+        [1, 2],
+        response,
+        True,
+        question="q",
+        answer="7",
+        text="The answer is \\boxed{8}.",
+        advantage=advantage,
+    )
     assert augment(r, Feedback("incorrect", reason, phrase), tokenizer, max_tokens)
     generator = torch.Generator().manual_seed(0)
     r.old_logprobs = (-9 * torch.rand(len(r.response), generator=generator)).tolist()
@@ -494,7 +794,10 @@ def guided_rollout(advantage, reason="Wait, that does not fit.", phrase="So the 
 
 
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
-@pytest.mark.parametrize("options", [{}, {"published": "gamma"}, {"guards": False}, {"gamma_min": 0.05, "gamma_max": -0.02}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"published": "gamma"}, {"guards": False}, {"gamma_min": 0.05, "gamma_max": -0.02}],
+)
 def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, options):
     config = Config(**options)
     r, tokenizer = guided_rollout(advantage)
@@ -502,13 +805,23 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
     logprobs = torch.tensor([r.old_logprobs], dtype=torch.float64, requires_grad=True)
     guided = torch.arange(len(r.response))[None] >= r.guided_from
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
-    loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, torch.ones_like(guided), guided,
-                          guards=config.guards, gamma_min=config.gamma_min, gamma_max=config.gamma_max,
-                          published="gamma" in config.published_items)
+    loss, _ = policy_loss(
+        logprobs,
+        logprobs.detach(),
+        advantages,
+        torch.ones_like(guided),
+        guided,
+        guards=config.guards,
+        gamma_min=config.gamma_min,
+        gamma_max=config.gamma_max,
+        published="gamma" in config.published_items,
+    )
     loss.backward()
     weights = (-logprobs.grad[0] * len(r.response) / advantage)[r.guided_from :]
     unlikely = 0
-    for (_, w, pi), expected, logprob in zip(found, weights.tolist(), r.old_logprobs[r.guided_from :], strict=True):
+    for (_, w, pi), expected, logprob in zip(
+        found, weights.tolist(), r.old_logprobs[r.guided_from :], strict=True
+    ):
         assert pi == pytest.approx(math.exp(logprob), abs=5.1e-5)
         if advantage < 0 and math.exp(logprob) < config.unlikely:  # guard (c): an ordinary token
             unlikely += 1
@@ -521,13 +834,15 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
 def test_other_shapings_have_no_weight_and_unguided_rollouts_no_tokens():
     r, tokenizer = guided_rollout(1.0)
     assert all(w is None for _, w, _ in guidance_tokens(r, tokenizer, Config(shaping="ratio")))
-    assert guidance_tokens(Rollout([1], [2, 3], True, old_logprobs=[0.0, 0.0]), tokenizer, Config()) == []
+    unguided = Rollout([1], [2, 3], True, old_logprobs=[0.0, 0.0])
+    assert guidance_tokens(unguided, tokenizer, Config()) == []
 
 
 @pytest.mark.parametrize("phrase", ["día 7 → 3 日本 🙂 \\boxed{7}", "ends 🙂"])
 def test_characters_spelt_by_several_tokens_stay_whole(phrase):
     r, tokenizer = guided_rollout(1.0, phrase=phrase)
-    r.response = r.response[:-1] + tokenizer.encode("🙂")[:2] * phrase.startswith("ends")  # and half of one at the end
+    half = tokenizer.encode("🙂")[:2] if phrase.startswith("ends") else []
+    r.response = r.response[:-1] + half
     r.old_logprobs = [0.0] * len(r.response)
     found = guidance_tokens(r, tokenizer, Config())
     assert len(found) == len(r.response) - r.guided_from
@@ -538,20 +853,40 @@ def test_characters_spelt_by_several_tokens_stay_whole(phrase):
 def test_transcripts_keep_the_teacher_s_parts_apart_and_the_page_colours_them():
     r, tokenizer = guided_rollout(1.5)
     r.reward = 1.0
-    other = Rollout([1, 2], r.response[: r.guided_from], True, question="q", answer="8", old_logprobs=[0.0] * r.guided_from)
+    other = Rollout(
+        [1, 2],
+        r.response[: r.guided_from],
+        True,
+        question="q",
+        answer="8",
+        old_logprobs=[0.0] * r.guided_from,
+    )
     feedback = Feedback("incorrect", "Wait, that does not fit.", "So the answer is \\boxed{7}.")
-    first, second = transcripts([r, other], [(0, feedback, "The answer is \\boxed{8}.")], tokenizer, 3, Config())
+    first, second = transcripts(
+        [r, other], [(0, feedback, "The answer is \\boxed{8}.")], tokenizer, 3, Config()
+    )
     assert (first["reason"], first["phrase"], first["attempt_right"]) == (*feedback[1:], False)
-    assert (second["reason"], second["guidance_tokens"], second["attempt_right"]) == (None, [], True)
+    assert (second["reason"], second["guidance_tokens"], second["attempt_right"]) == (
+        None,
+        [],
+        True,
+    )
     assert json.loads(json.dumps(first)) == first
     shown = report.article(first)
     for name, words in (("reason", feedback.reason), ("phrase", feedback.phrase)):
         block = re.search(f'<div class="part {name}">.*?</div>', shown, re.S)[0]
         assert re.sub("<[^>]*>|↵|&lt;.end.&gt;", "", block.partition("</p>")[2]) == words
     weights = [w for _, w, _ in first["guidance_tokens"]]
-    limits = [limit for limit, _ in report.SHADES]
-    assert [int(n) for n in re.findall(r'<span class="w(\d)"', shown)] == [int(np.digitize(w, limits[:-1])) for w in weights]
-    assert "incorrect, and it is" in shown and "+1.50" in shown
+    shades = [int(n) for n in re.findall(r'<span class="w(\d)"', shown)]
+    assert shades == np.digitize(weights, report.SHADES).tolist()
+    facts = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", shown)
+    assert facts == [
+        ("Right answer", "7"),
+        ("Attempt", "wrong"),
+        ("Reward", "1"),
+        ("Advantage", "+1.50"),
+    ]
+    assert '<p dir="auto">incorrect</p>' in shown
 
 
 def test_telling_steps_are_the_first_the_last_guided_the_next_and_the_last():
@@ -579,23 +914,33 @@ def contrast(a, b):
 def test_contrast_is_that_of_wcag_aa_in_both_colour_schemes(scheme):
     css = (HERE / "show" / "report.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", css, re.S)
-    colours = {name: tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)) for name, code in
-               re.findall(r"--([\w]+): #(\w{6})", blocks[scheme])}
-    assert {"paper", "card", "ink", "soft", "c0", "c5", "phrase"} <= colours.keys()
+    assert ".phrase { --hue: var(--c0); }" in css and ".reason { --hue: var(--c2); }" in css
+    colours = {
+        name: tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
+        for name, code in re.findall(r"--([\w]+): #(\w{6})", blocks[scheme])
+    }
+    assert {"paper", "card", "ink", "soft", "c0", "c2", "c5"} <= colours.keys()
     for ground in ("paper", "card"):
         for name in colours.keys() - {"paper", "card", "rule", "edge"}:
             assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
         assert contrast(colours["edge"], colours[ground]) >= 3  # axes
     for share in map(int, re.findall(r"var\(--hue\) (\d+)%", css)):
-        for name in ("reason", "phrase"):
-            shade = tuple(share / 100 * h + (1 - share / 100) * g for h, g in zip(colours[name], colours["card"]))
+        for name in ("c2", "c0"):
+            shade = tuple(
+                share / 100 * h + (1 - share / 100) * g
+                for h, g in zip(colours[name], colours["card"])
+            )
             assert contrast(colours["ink"], shade) >= 4.5, (name, share)
 
 
 @pytest.fixture
 def browser(tmp_path):
-    """visit(page) -> (its widths in windows of 1280 and 390 px, requests, console lines), in Chromium without a screen."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    """visit(page) -> (its widths at 1280 and 390 px, requests, console lines), in Chromium."""
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not chromium:
         pytest.skip("no Chromium here")
     requests = []
@@ -604,27 +949,36 @@ def browser(tmp_path):
         def log_message(self, format, *args):
             requests.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def visit(text):
         (tmp_path / "page.html").write_text(text)
-        frames = "".join(f'<iframe src="page.html" width="{w}" height="800" style="border:0"></iframe>' for w in (1280, 390))
+        frames = "".join(
+            f'<iframe src="page.html" width="{w}" height="800" style="border:0"></iframe>'
+            for w in (1280, 390)
+        )
         (tmp_path / "frames.html").write_text(f"""<link rel="icon" href="data:,">{frames}<script>
             onload = () => document.title = [...document.querySelectorAll("iframe")].map(f => {{
                 f.contentDocument.querySelectorAll("details").forEach(d => d.open = true)
                 return f.contentDocument.documentElement.scrollWidth
             }}).join(" ")</script>""")
-        done = subprocess.run(
-            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1800,1000", "--dump-dom",
-             f"http://127.0.0.1:{server.server_port}/frames.html"],
-            capture_output=True, text=True, timeout=300)
+        flags = (
+            "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-sync"
+        )
+        flags += " --disable-background-networking --disable-component-update"
+        flags += " --enable-logging=stderr --window-size=1800,1000 --dump-dom"
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        address = f"http://127.0.0.1:{server.server_port}/frames.html"
+        words = [chromium, *flags.split(), profile, address]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         widths = re.search(r"<title>([\d ]+)</title>", done.stdout)
         assert widths, done.stderr[-2000:]
         seen, requests[:] = set(requests), []
-        return [int(w) for w in widths[1].split()], seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return [int(w) for w in widths[1].split()], seen, console
 
     yield visit
     server.shutdown()
@@ -632,11 +986,18 @@ def browser(tmp_path):
 
 
 def test_a_browser_finds_no_error_no_request_and_nothing_too_wide(browser, two_runs, tmp_path):
-    lines = [{**transcript(0, True), "student": "x" * 900, "guidance_tokens": [["y" * 900, 0.5, 0.1]]}]
+    lines = [
+        {**transcript(0, True), "student": "x" * 900, "guidance_tokens": [["y" * 900, 0.5, 0.1]]}
+    ]
     metrics = [step_metrics(s, 0.5, fraction=0.1) for s in range(9)]
-    wide = [make_run(tmp_path / (letter * 200), metrics, lines, published=letter * 300) for letter in "zq"]
+    wide = [
+        make_run(tmp_path / (letter * 200), metrics, lines, published=letter * 300)
+        for letter in "zq"
+    ]
     widths, requests, console = browser(made(*two_runs, *wide))
     assert widths == [1280, 390] and requests == {"/frames.html", "/page.html"} and console == []
-    bad = '<p style="width: 2000px">wide<img src="picture.png"><script>console.error("heard")</script>'  # these three are noticed
+    bad = '<p style="width: 2000px">wide<img src="picture.png">'  # these three are noticed
+    bad += '<script>console.error("heard")</script>'
     widths, requests, console = browser(bad)
-    assert min(widths) > 1280 and "/picture.png" in requests and any("heard" in line for line in console)
+    assert min(widths) > 1280 and "/picture.png" in requests
+    assert any("heard" in line for line in console)
