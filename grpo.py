@@ -1,233 +1,450 @@
-"""Group-relative policy optimisation with Advantage-Aware Shaping: from rewarded rollouts to one optimiser step.
+"""Group-relative policy optimisation with Advantage-Aware Shaping (AAS): the loss and the update.
 
-Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time, Â the advantage,
-ρ = π_θ/π_old, w the shaped weight of guided tokens, γ(Â) its coefficient, sg(·) stop-gradient.
-Nothing here knows of teachers beyond a per-token `guided` mask.
+Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time,
+Â the advantage, ρ = π_θ/π_old, w the weight of guided tokens, γ(Â) its coefficient,
+sg(·) stop-gradient. A *guided* token is one that the student did not write.
+Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss; D model width,
+V vocabulary. In this order: advantages, loss, update, log-probabilities, batches, optimizer.
 """
 
-from __future__ import annotations
-
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model import LM
 from run.world import World, full
 
-if TYPE_CHECKING:
-    from model import LM
+Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values (B, T), the tokens it is a mean over
 
 
 @dataclass
 class Rollout:
+    """A response with its prompt; the other fields are filled in as it travels through a step."""
+
     prompt: list[int]
     response: list[int]
     finished: bool  # exactly one stop token, at the end
-    guided_from: int | None = None  # index in response where the teacher's words begin; None: nobody helped
+    guided_from: int | None = None  # index in response where the teacher's words begin
     reward: float = 0.0
-    advantage: float = 0.0
+    advantage: float = 0.0  # Â
     question: str = ""
     answer: str = ""
     text: str = ""  # the response without its stop token
-    old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old a token; None: to be computed
+    old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old of each token
+    attempt: str = ""  # the student's own words, before any help
+    asked: bool = False  # a teacher was asked about it
+    feedback: tuple[str, str, str] | None = None  # the teacher's opinion, reason, phrase
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss and the update of a step depend on."""
+
+    clip: float = 0.2  # ε
+    dual_clip: float | None = 3.0  # c, bounds the loss where Â < 0; None: it has no bound
+    unlikely: float = 0.01  # guard (c): bad tokens below this π are ordinary
+    shaping: str = "aas"  # of guided tokens: "aas", "ratio" (none) or "likelihood" (log π)
+    guards: bool = True  # (a) and (b)
+    gamma_min: float = 0.001  # γ of the best advantage
+    gamma_max: float = -0.001  # γ of the worst
+    kl_coef: float = 0.0  # weight of KL(π_θ ‖ π_ref)
+    guided_tokens: str = "guidance"  # or "trajectory": the attempt before it, too
+    max_grad_norm: float = 1.0
+    micro_batch: int = 16384  # tokens a forward pass, padding counted; changes no result
+    temperature: float = 1.0  # π = softmax(z / temperature), as it was sampled
+    published_gamma: bool = False  # γ is γ_max whatever Â is
+    published_dual_clip: bool = False  # no dual clip where no rollout is guided
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Z-score rewards inside each question's group: (Q, G) -> (Q, G). METHOD step 7.
+    """Z-score rewards inside each question's group: (Q, G) -> (Q, G).
 
-    A group whose rewards are all equal gets zeros: it carries no signal. Raises ValueError for anything but a matrix of
-    finite numbers.
+    A group whose rewards are all equal gets zeros: it carries no signal.
+    Raises ValueError for anything but a matrix of finite numbers.
     """
-    if rewards.dim() != 2 or not rewards.isfinite().all():
-        raise ValueError(f"rewards must be a matrix of finite numbers, (questions, samples), not {tuple(rewards.shape)}")
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # not left to rounding, which 1e-6 would blow up
-    if equal.all():
+    shape = tuple(rewards.shape)
+    if len(shape) != 2 or not rewards.isfinite().all():
+        raise ValueError(f"rewards must be a matrix of finite numbers (Q, G), not {shape}")
+    if shape[1] < 2:  # the std of one number does not exist
         return torch.zeros_like(rewards)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return (centred / (rewards.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)  # std uses n-1
+    advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
+    return advantages.masked_fill(equal, 0.0)  # a mean is rounded, and 1e-6 blows the rest up
 
 
-def shaping_coefficient(advantages: Tensor, gamma_min: float = 0.001, gamma_max: float = -0.001, a_min: float = -4.0,
-                        a_max: float = 4.0, published: bool = False) -> Tensor:
-    """γ(Â) of Advantage-Aware Shaping, any shape: γ_min for the best advantage, γ_max for the worst."""
-    gamma = gamma_min + (gamma_max - gamma_min) * (a_max - advantages) / (a_max - a_min)
-    if published:  # the published bounds are the wrong way round, so clamp returns γ_max everywhere
-        return torch.clamp(gamma, gamma_min, gamma_max)
-    return torch.clamp(gamma, min(gamma_min, gamma_max), max(gamma_min, gamma_max))
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    guided: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss over the tokens in `mask`, and metrics, by token_losses. options: LossSettings."""
+    guided = torch.zeros_like(mask) if guided is None else guided
+    batch = logprobs, old_logprobs, advantages, mask, guided
+    losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)
+    loss = losses.sum() / mask.sum().clamp(min=1)  # token-mean
+    metrics = {"loss": loss.item()}
+    for name, (values, where) in measured.items():
+        metrics[name] = ((values * where).sum() / where.sum().clamp(min=1)).item()
+    return loss, metrics
 
 
-def shaped_ratio(logprobs: Tensor, advantages: Tensor, guards: bool = True, **shaping: Any) -> Tensor:
-    """w = π_θ / (sg(π_θ) + γ(Â)): (B, T) -> (B, T), differentiable; ∇w = π/(π+γ)·∇log π.
+def token_losses(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    guided: Tensor,
+    settings: LossSettings,
+    ref_logprobs: Tensor | None = None,
+) -> tuple[Tensor, Measured]:
+    """ℓ of every token, (B, T), 0 outside `mask`, and what is measured on the way.
+
+    logprobs (log π_θ), old_logprobs, mask, guided, ref_logprobs: (B, T); advantages: (B, T) or
+    (B, 1). Raises ValueError if they do not fit together, or if a KL term has no ref_logprobs.
+    """
+    tensors = [logprobs, old_logprobs, advantages]
+    shapes = [tuple(x.shape) for x in (*tensors, mask)]
+    B, T = mask.shape
+    if shapes[:2] != [(B, T)] * 2 or shapes[2] not in ((B, 1), (B, T)):
+        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
+    mask = mask.bool()
+    guided = guided.bool() & mask
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
+    # Padding may hold anything, also NaN, which would spread.
+    tensors = [x.to(dtype).expand(B, T).masked_fill(~mask, 0.0) for x in tensors]
+    logprobs, old_logprobs, advantages = tensors
+
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
+    pi = logprobs.detach().exp()  # sg(π_θ)
+    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, settings.clip, settings.dual_clip)
+    loss_if_guided, w = guided_loss(logprobs, advantages, guided, settings)
+    shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
+    if settings.shaping == "ratio":
+        shaped = torch.zeros_like(guided)  # every token is ordinary
+    else:
+        loss = torch.where(shaped, loss_if_guided, loss)
+    if settings.kl_coef:
+        loss = loss + settings.kl_coef * kl_to_reference(logprobs, ref_logprobs, mask)
+
+    ordinary = mask & ~shaped
+    return loss * mask, {
+        "kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
+        "clip_fraction": (clipped & ordinary, mask),
+        "dual_clip_fraction": (dual_clipped & ordinary, mask),
+        "guided_share": (guided, mask),
+        "shaped_share": (shaped, mask),
+        "w_guided": (w, guided),
+        "pi_guided": (pi, guided),
+    }
+
+
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, clip: float = 0.2, dual_clip: float | None = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ of ordinary tokens, and where each clip binds: PPO's pessimistic bound, and a dual clip.
+
+    ratio ρ: (B, T); advantages: (B, T) or (B, 1); returns three of (B, T).
+    """
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
+    dual_clipped = torch.zeros_like(loss, dtype=torch.bool)
+    if dual_clip is not None:
+        dual_clipped = (advantages < 0) & (loss > -advantages * dual_clip)
+        loss = torch.where(dual_clipped, -advantages * dual_clip, loss)  # Â < 0: ℓ = min(ℓ, −Â·c)
+    return loss, clipped > plain, dual_clipped
+
+
+def guided_loss(
+    logprobs: Tensor, advantages: Tensor, guided: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """ℓ of guided tokens, and their w, (B, T) each. π_old did not write them: no ρ, no clip."""
+    # Elsewhere log π counts as 0: a w of 0/0 that nobody uses would still send NaN back.
+    logprobs = logprobs.masked_fill(~guided, 0.0)
+    ends = {"gamma_min": settings.gamma_min, "gamma_max": settings.gamma_max}
+    published = settings.published_gamma
+    w = shaped_ratio(logprobs, advantages, settings.guards, published=published, **ends)
+    loss = -advantages * w  # ℓ = −Â·w
+    if settings.shaping == "likelihood":
+        loss = -advantages * logprobs
+    return loss, w
+
+
+def shaped_ratio(
+    logprobs: Tensor, advantages: Tensor, guards: bool = True, **coefficients: Any
+) -> Tensor:
+    """w = π_θ / (sg(π_θ) + γ(Â)): (B, T) -> (B, T). Differentiable: ∇w = π/(π+γ)·∇log π.
 
     Guards: (a) a denominator below 0 becomes 1.0001·sg(π), (b) one above 1 becomes 0.9999·sg(π).
     """
     pi = logprobs.detach().exp()  # sg(π_θ)
-    denominator = pi + shaping_coefficient(advantages, **shaping)
-    scale = pi / denominator
+    denominator = pi + shaping_coefficient(advantages, **coefficients)
+    w = pi / denominator
     if guards:
-        scale = torch.where(denominator > 1, 1 / 0.9999, scale)  # (b)
-        scale = torch.where(denominator <= 0, 1 / 1.0001, scale)  # (a); 0 itself would divide by zero
-    return (logprobs - logprobs.detach()).exp() * scale  # the first factor is 1 and carries ∇log π, even where π underflows
+        w = torch.where(denominator <= 0, 1 / 1.0001, w)  # (a), and 0 itself would divide by zero
+        w = torch.where(denominator > 1, 1 / 0.9999, w)  # (b)
+    one = (logprobs - logprobs.detach()).exp()  # carries ∇log π, even where π underflows to 0
+    return one * w
 
 
-def clipped_loss(ratio: Tensor, advantages: Tensor, clip: float = 0.2,
-                 dual_clip: float | None = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's pessimistic bound with a dual clip for Â < 0, a token: (B, T), and the masks of where each one binds."""
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
-    dual_bound = torch.zeros_like(loss, dtype=torch.bool)
-    if dual_clip is not None:
-        dual_bound = (advantages < 0) & (loss > -advantages * dual_clip)
-        loss = torch.where(dual_bound, -advantages * dual_clip, loss)  # if Â < 0: ℓ = min(ℓ, −Â·c)
-    return loss, clipped > plain, dual_bound
+def shaping_coefficient(
+    advantages: Tensor,
+    gamma_min: float = 0.001,
+    gamma_max: float = -0.001,
+    a_min: float = -4.0,
+    a_max: float = 4.0,
+    published: bool = False,
+) -> Tensor:
+    """γ(Â), any shape: γ_min for the best advantage (A_max), γ_max for the worst (A_min)."""
+    gamma = gamma_min + (gamma_max - gamma_min) * (a_max - advantages) / (a_max - a_min)
+    if published:  # its bounds are the wrong way round, so clamp returns γ_max everywhere
+        return gamma.clamp(gamma_min, gamma_max)
+    return gamma.clamp(min(gamma_min, gamma_max), max(gamma_min, gamma_max))
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, guided: Tensor | None = None,
-                **options: Any) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss over the tokens in `mask` and its metrics; options and metrics are those of token_losses."""
-    losses, measured = token_losses(logprobs, old_logprobs, advantages, mask, guided, **options)
-    loss = losses.sum() / mask.sum().clamp(min=1)
-    means = {key: (values.sum() / where.sum().clamp(min=1)).item() for key, (values, where) in measured.items()}
-    return loss, {"loss": loss.item(), **means}
+def too_unlikely_to_push_down(advantages: Tensor, pi: Tensor, unlikely: float) -> Tensor:
+    """Guard (c), bool (B, T): they stay ordinary tokens, because AAS has no clip to end a push."""
+    return (advantages < 0) & (pi < unlikely)
 
 
-def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, guided: Tensor | None = None, *,
-                 clip: float = 0.2, dual_clip: float | None = 3.0, unlikely: float = 0.01, shaping: str = "aas",
-                 guards: bool = True, kl_coef: float = 0.0, ref_logprobs: Tensor | None = None,
-                 **coefficients: Any) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The loss of every token (B, T), 0 outside `mask`, and {metric: (values, the tokens it is a mean over)}.
+def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+    """An estimate of KL(π_θ ‖ π_ref) from each token, (B, T), which is never negative."""
+    if ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs, the log-probabilities of the reference")
+    log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)  # log π_ref/π_θ
+    return log_r.exp() - 1 - log_r  # k3
 
-    METHOD section 3. logprobs, old_logprobs, mask, guided: (B, T); advantages: (B, T) or (B, 1). Guided tokens are
-    weighed by `shaping`: "aas" (w), "ratio" (none of it: PPO-clip like every token) or "likelihood" (−Â·log π).
-    `coefficients` go to shaping_coefficient; `kl_coef` adds the k3 estimate of KL(π_θ ‖ π_ref).
+
+def update(
+    model: LM,
+    optimizer: torch.optim.Optimizer,
+    rollouts: list[Rollout],
+    *,
+    settings: LossSettings | None = None,
+    reference: LM | None = None,
+    world: World = World(),
+    **changes: Any,
+) -> dict[str, float]:
+    """One optimizer step on a mini-batch; returns its metrics, means over all its tokens.
+
+    `rollouts` are this process's own of it; `changes` are fields of `settings`. Without a KL term
+    those with Â = 0 are not computed, but their tokens count in the mean. A gradient that is not
+    finite is not applied: metrics["skipped"] is then 1.
     """
-    B, T = logprobs.shape
-    if not old_logprobs.shape == mask.shape == (B, T) or advantages.shape not in ((B, 1), (B, T)):
-        raise ValueError(f"policy_loss: logprobs {tuple(logprobs.shape)}, old_logprobs {tuple(old_logprobs.shape)}, "
-                         f"mask {tuple(mask.shape)} and advantages {tuple(advantages.shape)} do not fit together")
-    mask = mask.bool()
-    guided = torch.zeros_like(mask) if guided is None else guided.bool() & mask
-    # Padding may hold anything, also NaN; 0 keeps it out of both the loss and its gradient.
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # half precision is too coarse to sum in
-    logprobs, old_logprobs, advantages = (x.to(dtype).expand(B, T).masked_fill(~mask, 0.0)
-                                          for x in (logprobs, old_logprobs, advantages))
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is far beyond every clip and far from overflow
+    settings = replace(settings or LossSettings(), **changes)
+    some_unknown = any(world.gather([r.old_logprobs is None for r in rollouts]))
+    whole = world.whole(model) if some_unknown else model
+    snapshot(whole, rollouts, settings.micro_batch, settings.temperature)  # π_old
+    helped = any(world.gather([r.guided_from is not None for r in rollouts]))
+    if settings.published_dual_clip and not helped:
+        settings = replace(settings, dual_clip=None)
+    total = max(1, sum(world.gather([len(r.response) for r in rollouts])))
+    active = [r for r in rollouts if r.advantage != 0 or settings.kl_coef]
+    batches = micro_batches(active, settings.micro_batch)
+    passes = max(world.gather([len(batches)]))  # made together: each process has some weights
+    batches += [[NOTHING]] * (passes - len(batches))
 
-    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, clip, dual_clip)
-    pi = logprobs.detach().exp()
-    shaped = guided & ~((advantages < 0) & (pi < unlikely)) if shaping != "ratio" else torch.zeros_like(mask)  # guard (c)
-    # Elsewhere log π counts as 0: unguarded, a w of 0/0 that nobody uses would still send NaN back through where().
-    weight = shaped_ratio(logprobs.masked_fill(~guided, 0.0), advantages, guards, **coefficients)  # w
-    if shaping == "aas":
-        loss = torch.where(shaped, -advantages * weight, loss)  # ℓ = −Â·w, unclipped
-    elif shaping == "likelihood":
-        loss = torch.where(shaped, -advantages * logprobs, loss)
-    if kl_coef:
-        if ref_logprobs is None:
-            raise ValueError("kl_coef needs ref_logprobs, the log-probabilities of the reference")
-        log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)
-        loss = loss + kl_coef * (log_r.exp() - 1 - log_r)  # k3
+    optimizer.zero_grad(set_to_none=True)
+    head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
+    # A tied embedding has the same buffer: a sparse gradient is added to it row by row.
+    model.embed.sparse = model.embed.weight.grad is not None
+    sums = []  # (metric, sum, over how many tokens) of each pass
+    for batch in batches:
+        losses, measured = batch_losses(model, batch, settings, reference, head_grad)
+        (losses.sum() / total * world.size).backward()  # FSDP takes the mean over the processes
+        for name, (values, where) in measured.items():
+            sums.append((name, (values * where).sum().item(), int(where.sum())))
+    model.embed.sparse = False
 
-    ordinary = mask & ~shaped
-    means = {"kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
-             "clip_fraction": (clipped & ordinary, mask), "dual_clip_fraction": (dual_clipped & ordinary, mask),
-             "guided_share": (guided, mask), "shaped_share": (shaped, mask), "w_guided": (weight, guided),
-             "pi_guided": (pi, guided)}
-    return loss * mask, {key: (values.detach() * where, where) for key, (values, where) in means.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)))
+    if passes and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics = mean_metrics(world.gather(sums), total)
+    skipped = float(not math.isfinite(norm))
+    share = sum(world.gather([len(r.response) for r in active])) / total
+    return metrics | {"grad_norm": norm, "skipped": skipped, "active_share": share}
 
 
-def token_logprobs(model: LM, tokens: Tensor, where: Tensor | None = None, entropy: bool = False,
-                   head_grad: Tensor | None = None, temperature: float = 1.0) -> Any:
-    """log p(token t+1 | tokens up to t): (B, T) -> (B, T-1) float32, of the policy softmax(z / temperature).
+NOTHING = Rollout([0, 0], [], finished=True, old_logprobs=[])  # a pass over it has no loss
 
-    With `where` (B, T-1) bool only those positions pass the output head; the others are 0. With entropy=True also
-    returns each position's entropy (B, T-1), without gradient. The logits never exist as a whole: HeadLogprobs.
+
+def batch_losses(
+    model: LM,
+    rollouts: list[Rollout],
+    settings: LossSettings,
+    reference: LM | None,
+    head_grad: Tensor | None,
+) -> tuple[Tensor, Measured]:
+    """One forward pass: ℓ of every token of a micro-batch, (B, T), and what was measured."""
+    tokens, mask, *others = collate(rollouts, settings.guided_tokens, model.device)
+    guided, old_logprobs, advantages = others
+    T = settings.temperature  # one policy everywhere: π_θ, π_old, π_ref and the entropy have it
+    logprobs, entropy = token_logprobs(model, tokens, mask, True, head_grad, T)
+    ref_logprobs = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=T)
+    batch = logprobs, old_logprobs, advantages, mask, guided
+    losses, measured = token_losses(*batch, settings, ref_logprobs)
+    return losses, measured | {"entropy": (entropy, mask), "loss": (losses.detach(), mask)}
+
+
+@torch.no_grad()
+def snapshot(
+    model: LM, rollouts: list[Rollout], micro_batch: int = 16384, temperature: float = 1.0
+) -> None:
+    """Fill in log π_old where it is missing, of guided tokens too, all after the student's prompt.
+
+    Raises ValueError for a rollout whose old_logprobs do not fit its response.
+    """
+    waiting = [r for r in rollouts if r.old_logprobs is None]
+    for batch in micro_batches(waiting, micro_batch):
+        tokens, mask, *_ = collate(batch, device=model.device)
+        logprobs = token_logprobs(model, tokens, mask, temperature=temperature)
+        for r, row, own in zip(batch, logprobs, mask):
+            r.old_logprobs = row[own].tolist()
+    for r in rollouts:
+        n, known = len(r.response), len(r.old_logprobs or ())
+        if n != known:
+            raise ValueError(f"a rollout has {n} tokens and {known} log-probabilities of π_old")
+
+
+def gradient_buffer(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
+    """Zeros that `optimizer` will read as the gradient of `weight`: its .grad or its master's."""
+    owner: Tensor = dict(getattr(optimizer, "copies", ())).get(weight, weight)
+    buffer = owner.grad = torch.zeros_like(owner)
+    return buffer
+
+
+def mean_metrics(sums: list[tuple[str, float, int]], total: int) -> dict[str, float]:
+    """Means by metric, from (metric, sum, number of tokens) of each pass; none over no tokens."""
+    means = {"loss": 0.0}
+    counts: dict[str, int] = defaultdict(int)
+    for name, value, tokens in sums:
+        means[name] = means.get(name, 0.0) + value
+        counts[name] += tokens
+    counts["loss"] = total  # with those that were not computed
+    return {name: value / counts[name] for name, value in means.items() if counts[name]}
+
+
+def token_logprobs(
+    model: LM,
+    tokens: Tensor,
+    where: Tensor | None = None,
+    entropy: bool = False,
+    head_grad: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Any:
+    """log p(token t+1 | tokens up to t), float32, p = softmax(z / temperature): (B, T) -> (B, T-1).
+
+    With `where` (B, T-1) bool only those positions pass the output head; the others are 0.
+    With entropy=True also each position's entropy, (B, T-1), without gradient. `head_grad`: see
+    HeadLogprobs. Raises ValueError unless the temperature is above 0.
     """
     if not temperature > 0:
-        raise ValueError(f"log-probabilities to train on need a temperature above 0, not {temperature}")
-    shape = tokens[:, 1:].shape
-    at = torch.arange(shape.numel(), device=tokens.device) if where is None else where.flatten().nonzero().squeeze(1)
-
-    def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(shape.numel()).index_copy(0, at, values).view(shape)
-
+        raise ValueError(f"log-probabilities need a temperature above 0, not {temperature}")
+    if where is None:
+        where = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    at = where.flatten().nonzero().squeeze(1)  # (N,)
     size = min(slice_size(len(at), tokens.device), model.config.vocab_size)
-    chosen, spread = logprobs_at(model, tokens, at, size, head_grad, temperature)
-    return (placed(chosen), placed(spread)) if entropy else placed(chosen)
+    both = logprobs_at(model, tokens, at, size, head_grad, temperature)
+    placed = [x.new_zeros(where.shape).masked_scatter(where, x) for x in both]
+    return placed if entropy else placed[0]
 
 
-def logprobs_at(model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None,
-                temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p of the next token and the entropy at the positions `at` (N,) of the flattened (B, T-1): (N,) each.
+def logprobs_at(
+    model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log p of the next token and the entropy at positions `at` of the flattened (B, T-1): (N,).
 
-    This much a compiler takes as one graph forward and one backward, a handful of them for all B, T and N.
+    A compiler takes this as one graph each way, and a handful of them serve all B, T and N.
     """
     states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    both: tuple[Tensor, Tensor] = HeadLogprobs.apply(  # type: ignore[no-untyped-call]
-        states[at], model.head.weight, targets[at], size, head_grad, temperature)
-    return both
+    options = size, head_grad, temperature
+    return HeadLogprobs.apply(states[at], model.head.weight, targets[at], *options)  # type: ignore
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """states (N, D), head weight (V, D), targets (N,) -> log p(target) and entropy (N,), `size` rows of the head at a time.
+    """states (N, D), head (V, D), targets (N,) -> log p(target) and entropy, (N,) each.
 
-    p = softmax(z / temperature), z the logits. Those of a slice are used and forgotten; the backward pass computes them
-    again, and p from the saved log-normaliser.
-    Slices of the vocabulary rather than of positions: the weights and their gradient, by far the larger side, are then
-    read and written once. `head_grad` is a buffer (what an optimizer reads as the weight's gradient) to add the head's
-    gradient to, in place: a tied embedding would otherwise wait for it, as large as itself, until the end of the backward pass.
+    Goes through the head `size` rows at a time, so that the (N, V) logits never exist, and again
+    in the backward pass. Slices of positions would read and write all of the weight each time.
+    The head's gradient is added to `head_grad`, if given, what the optimizer reads as such: else
+    a tied embedding's would wait, as large as itself, until the end of the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, size: int,
-                head_grad: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        ctx.size, ctx.temperature = size, temperature
-        log_z = torch.full(targets.shape, -1e30, device=states.device)  # of the slices so far
-        mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)  # mean: of log p, so minus the entropy
-        for start, rows in slices(weight, ctx.size):
-            logits = scaled_logits(states, rows, temperature)
-            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
-            at, inside = place(targets, start, len(rows))
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        size, _, temperature = ctx.options = options
+        # Of the slices so far: log Σ e^z; the mean of log p, which is minus the entropy; z_target.
+        log_z = torch.full(targets.shape, -1e30, device=states.device)
+        mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
+        for _, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
             chosen = torch.where(inside, logits.gather(-1, at).squeeze(-1), chosen)
+            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
             shrunk, log_p = before - log_z, logits.sub_(log_z[:, None])
             mean = shrunk.exp() * (mean + shrunk) + (log_p.exp() * log_p).sum(-1)
-        ctx.save_for_backward(states, weight, targets, log_z)
-        ctx.head_grad = head_grad
         entropy = -mean
+        ctx.save_for_backward(states, weight, targets, log_z)
         ctx.mark_non_differentiable(entropy)
         return chosen - log_z, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         states, weight, targets, log_z = ctx.saved_tensors
+        size, head_grad, temperature = ctx.options
         states_grad = torch.zeros_like(states, dtype=torch.float32)
-        weight_grad = torch.zeros_like(weight) if ctx.head_grad is None else ctx.head_grad
-        grad = grad / ctx.temperature  # of z / temperature by z
-        for start, rows in slices(weight, ctx.size):
-            # d log p(target) / dz = (one-hot - p) / temperature
-            log_p = scaled_logits(states, rows, ctx.temperature).sub_(log_z[:, None])
-            logits_grad = log_p.exp_().mul_(-grad[:, None])
-            at, inside = place(targets, start, len(rows))
-            logits_grad = logits_grad.scatter_add_(-1, at, (grad * inside)[:, None]).to(weight.dtype)
-            states_grad += logits_grad @ rows
-            here = weight_grad[start : start + len(rows)]
-            here.addmm_(logits_grad.T, states) if here.dtype == states.dtype else here.add_(logits_grad.T @ states)
-        return states_grad.to(states.dtype), weight_grad if ctx.head_grad is None else None, None, None, None, None
+        weight_grad = torch.zeros_like(weight) if head_grad is None else head_grad
+        grad = grad / temperature
+        for part, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
+            p = logits.sub_(log_z[:, None]).exp_()
+            logits_grad = p.mul_(
+                -grad[:, None]
+            )  # d log p(target) / dz = (one-hot − p) / temperature
+            logits_grad = logits_grad.scatter_add_(-1, at, (grad * inside)[:, None]).to(
+                weight.dtype
+            )
+            states_grad += logits_grad @ weight[part]
+            if weight_grad.dtype == states.dtype:
+                weight_grad[part].addmm_(logits_grad.T, states)
+            else:  # a float32 master's
+                weight_grad[part] += logits_grad.T @ states
+        own = weight_grad if head_grad is None else None
+        return states_grad.to(states.dtype), own, None, None, None, None
 
 
-def scaled_logits(states: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """z / temperature for some rows of the head: (N, D), (R, D) -> (N, R) float32."""
-    logits = (states @ rows.T).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+def logit_slices(
+    states: Tensor, weight: Tensor, targets: Tensor, size: int, temperature: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """By slices of R rows of the head: which, their z / temperature (N, R) in float32, where in
+    the slice each target is (N, 1), and whether it is in there at all (N,)."""
+    for start in range(0, len(weight), size):
+        part = slice(start, min(start + size, len(weight)))
+        logits = (states @ weight[part].T).float()
+        if temperature != 1:
+            logits = logits.div_(temperature)
+        at = targets - start
+        inside = (at >= 0) & (at < logits.shape[1])
+        yield part, logits, at.clamp(0, logits.shape[1] - 1)[:, None], inside
 
 
 def slice_size(positions: int, device: torch.device | str) -> int:
-    """Rows of the head that are computed at once: up to 16 MB of logits on a CPU, whose caches they should fit, 256 MB on a GPU.
+    """Rows of the head in a slice: 16 MB of logits on a CPU, as fit its caches; 256 MB on a GPU.
 
     A power of two, so that there are few sizes to compile for.
     """
@@ -235,58 +452,52 @@ def slice_size(positions: int, device: torch.device | str) -> int:
     return max(512, 1 << (logits // max(1, positions)).bit_length() - 1)
 
 
-def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    return ((start, weight[start : start + size]) for start in range(0, len(weight), size))
-
-
-def place(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Where a target stands in a slice of the vocabulary, (N, 1), and whether it is in there at all, (N,)."""
-    at = targets - start
-    return at.clamp(0, size - 1)[:, None], (at >= 0) & (at < size)
-
-
-def collate(rollouts: list[Rollout], guided_tokens: str = "guidance", device: str | torch.device = "cpu") -> list[Tensor]:
-    """Pad rollouts to one batch: tokens (B, T), and (B, T-1) mask, guided, old_logprobs, and advantages (B, 1)."""
+def collate(
+    rollouts: list[Rollout], guided_tokens: str = "guidance", device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """Pad to tokens (B, T), mask, guided and old_logprobs (B, T-1), advantages (B, 1)."""
     width = max(len(r.prompt) + len(r.response) for r in rollouts)
     tokens = torch.zeros(len(rollouts), width, dtype=torch.int64)
-    mask = torch.zeros(len(rollouts), width - 1, dtype=torch.bool)
-    guided, old = torch.zeros_like(mask), torch.zeros(mask.shape)
+    mask = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
+    guided, old_logprobs = torch.zeros_like(mask), torch.zeros(mask.shape)
     for i, r in enumerate(rollouts):
-        start, end = len(r.prompt) - 1, len(r.prompt) + len(r.response) - 1  # position t predicts token t+1
+        start = len(r.prompt) - 1  # position t predicts token t+1
+        end = start + len(r.response)
         tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
         mask[i, start:end] = True
         if r.guided_from is not None:
             guided[i, start + (r.guided_from if guided_tokens == "guidance" else 0) : end] = True
         if r.old_logprobs is not None:
-            old[i, start:end] = torch.tensor(r.old_logprobs)
+            old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
     advantages = torch.tensor([[r.advantage] for r in rollouts])
-    return [x.to(device) for x in (tokens, mask, guided, old, advantages)]
+    return [x.to(device) for x in (tokens, mask, guided, old_logprobs, advantages)]
 
 
 def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
-    """Rollouts sorted by length, cut into batches of at most `size` tokens, padding counted (at least one rollout each).
+    """Sort by length and cut into batches of at most `size` tokens, padding counted.
 
-    Of all such cuts the cheapest: a batch costs its tokens, padding counted, and for being a pass of its own size / 16 more.
+    A batch has one rollout at least. Of all such cuts this is the cheapest, where a batch costs
+    its tokens, padding counted, and size / 16 for being one more pass.
     """
     rollouts = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response))
-    cheapest = [(0.0, 0)]  # of the first i rollouts: the cost, and where the last batch begins
-    for i, r in enumerate(rollouts):
+    best = [(0.0, 0)]  # of the first n rollouts: the least cost, and where the last batch begins
+    for n, r in enumerate(rollouts, 1):
         width = len(r.prompt) + len(r.response)
-        starts = range(max(0, i + 1 - max(1, size // width)), i + 1)
-        cheapest.append(min((cheapest[j][0] + (i + 1 - j) * width + size / 16, j) for j in starts))
+        starts = range(max(0, n - max(1, size // width)), n)
+        best.append(min((best[i][0] + (n - i) * width + size / 16, i) for i in starts))
     batches, end = [], len(rollouts)
     while end:
-        start = cheapest[end][1]
+        start = best[end][1]
         batches.append(rollouts[start:end])
         end = start
     return batches[::-1]
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 master copies of half-precision weights; on float32 weights it is AdamW itself.
+    """AdamW on float32 master copies of half-precision weights; on float32 weights it is AdamW.
 
-    A step of 1e-6 is lost in bfloat16's 8 bits. Each gradient is added to its master's in float32 as soon as the backward
-    pass has it, so micro-batches add up exactly as well; after a step the weights are the masters, rounded.
+    A step of 1e-6 is lost in bfloat16's 8 bits. Each gradient is added to its master's as soon
+    as the backward pass has it, so that micro-batches add up in float32 as well.
     """
 
     def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
@@ -300,91 +511,18 @@ class MasterAdamW(torch.optim.AdamW):
         self.copies.append((weight, master))
 
         def collect(_: Tensor) -> None:
-            if weight.grad is not None:  # none came by this way: see gradient_buffer
-                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            if weight.grad is not None:  # None: it went into a gradient_buffer
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                master.grad += weight.grad
                 weight.grad = None
 
-        weakref.finalize(self, weight.register_post_accumulate_grad_hook(collect).remove)  # goes when this optimizer goes
+        hook = weight.register_post_accumulate_grad_hook(collect)
+        weakref.finalize(self, hook.remove)  # it goes when this optimizer goes
         return master
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for weight, master in self.copies:
-            weight.copy_(master)
-
-
-def gradient_buffer(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
-    """Zeros that `optimizer` will read as the gradient of `weight`: the weight's own .grad, or its master's."""
-    owner: Tensor = dict(getattr(optimizer, "copies", ())).get(weight, weight)
-    buffer = owner.grad = torch.zeros_like(owner)
-    return buffer
-
-
-@torch.no_grad()
-def snapshot(model: LM, rollouts: list[Rollout], micro_batch: int = 16384, world: World = World(),
-             temperature: float = 1.0) -> None:
-    """Fill in log π_old of every rollout that has none, under the student's prompt, the guided part included."""
-    if not (waiting := [r for r in rollouts if r.old_logprobs is None]):
-        return
-    model = world.whole(model)
-    for batch in micro_batches(world.share(waiting), micro_batch):
-        tokens, mask, *_ = collate(batch, device=model.device)
-        logprobs = token_logprobs(model, tokens, mask, temperature=temperature)
-        for r, row, m in zip(batch, logprobs, mask):
-            r.old_logprobs = row[m].tolist()
-    for r, known in zip(waiting, world.gather([r.old_logprobs for r in world.share(waiting)])):
-        r.old_logprobs = known
-
-
-def update(model: LM, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], *, micro_batch: int = 16384,
-           guided_tokens: str = "guidance", max_grad_norm: float = 1.0, reference: LM | None = None,
-           published_dual_clip: bool = False, world: World = World(), temperature: float = 1.0,
-           **loss_options: Any) -> dict[str, float]:
-    """One optimiser step on a mini-batch of rollouts; returns its metrics, token-means over the whole mini-batch.
-
-    The gradient does not depend on `micro_batch` (tokens a forward pass). Rollouts with Â = 0 have no gradient: without
-    a KL term they are not computed, but their tokens count in the mean loss. A gradient that is not finite is not
-    applied; metrics["skipped"] is then 1. `published_dual_clip` leaves the dual clip out where no rollout is guided.
-    π_θ, π_old, the reference and the entropy are all of softmax(z / temperature), the policy that was sampled.
-    All processes of `world` give the same rollouts, and each computes its share of the gradient.
-    """
-    snapshot(model, rollouts, micro_batch, world, temperature)
-    for r in rollouts:
-        if (known := len(r.old_logprobs or ())) != len(r.response):
-            raise ValueError(f"a rollout has {len(r.response)} tokens and {known} log-probabilities of the old policy")
-    if published_dual_clip and all(r.guided_from is None for r in rollouts):
-        loss_options["dual_clip"] = None
-    total = max(1, sum(len(r.response) for r in rollouts))
-    active = [r for r in rollouts if r.advantage != 0 or loss_options.get("kl_coef")]
-    batches = micro_batches(world.share(active), micro_batch)
-    mine: tuple[dict[str, float], dict[str, float]] = defaultdict(float), defaultdict(float)  # sums, and of how many tokens
-    optimizer.zero_grad(set_to_none=True)
-    head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
-    # Of a tied embedding the rows of these tokens are then added to it as well, not a whole second gradient.
-    model.embed.sparse = model.embed.weight.grad is not None
-    for i in range(max(world.gather([len(batches)]))):
-        idle = i >= len(batches)  # the others have more to do, and every pass is made together
-        tokens, mask, guided, old, advantages = collate(active[:1] if idle else batches[i], guided_tokens, model.device)
-        logprobs, entropy = token_logprobs(model, tokens, mask, entropy=True, head_grad=head_grad,
-                                           temperature=temperature)
-        if reference is not None:
-            with torch.no_grad():
-                loss_options["ref_logprobs"] = token_logprobs(reference, tokens, mask, temperature=temperature)
-        losses, measured = token_losses(logprobs, old, advantages, mask, guided, **loss_options)
-        (losses.sum() / total * (0 if idle else world.size)).backward()  # FSDP takes the mean over the processes
-        if not idle:
-            for key, (values, where) in {**measured, "entropy": (entropy, mask), "loss": (losses.detach(), mask)}.items():
-                mine[0][key] += values.sum().item()
-                mine[1][key] += int(where.sum())
-    model.embed.sparse = False
-    norm = full(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm))
-    finite = bool(torch.isfinite(norm))
-    if active and finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    parts = world.gather([mine])
-    sums, counts = ({key: sum(part[i][key] for part in parts) for part in parts for key in part[i]} for i in (0, 1))
-    counts["loss"] = total
-    return {"loss": 0.0, **{key: sums[key] / n for key, n in counts.items() if n and key in sums}, "grad_norm": norm.item(),
-            "skipped": float(not finite), "active_share": sum(len(r.response) for r in active) / total}
+            weight.copy_(master)  # the weights are the masters, rounded

@@ -249,7 +249,9 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 
 def compiled_step(writing: Writing, B: int) -> None:
     """writing.step(B) through torch.compile, which traces it once for all sizes, and RECORDER, which records it."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit  # not above: it takes longer to load than torch itself
+    from torch._dynamo.exc import (
+        FailOnRecompileLimitHit,  # not above: it takes longer to load than torch itself
+    )
     from torch.fx.experimental import _config
 
     step = torch.compile(Writing.step, backend=RECORDER, fullgraph=True, dynamic=True)

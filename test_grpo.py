@@ -1,4 +1,4 @@
-"""Tests of grpo.py. The references work in plain Python, one float64 token at a time, from METHOD.md, not from the code."""
+"""Tests of grpo.py. The references work in plain Python, one float64 token at a time, from the paper, not the code."""
 
 import copy
 import json
@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 import grpo
 from data.tokenizer import Tokenizer
 from grpo import (
+    NOTHING,
     HeadLogprobs,
+    LossSettings,
     MasterAdamW,
     Rollout,
     collate,
@@ -29,6 +31,7 @@ from grpo import (
     shaping_coefficient,
     snapshot,
     token_logprobs,
+    too_unlikely_to_push_down,
     update,
 )
 from model import LM, ModelConfig
@@ -39,7 +42,7 @@ PROPERTY = settings(max_examples=100, deadline=None)
 GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -7.0)
 
 
-# ------------------------------------------------------------------ METHOD section 3, a token at a time
+# ------------------------------------------------------------------ the paper's loss, a token at a time
 
 
 def reference_gamma(a):
@@ -97,10 +100,17 @@ def batches(draw, rows=4, width=5):
     logp = grid(lambda: math.log(rng.choice((1e-6, 1e-3, 1e-2, 0.3, 1.0)) * rng.uniform(0.3, 1)))
     mask = grid(lambda: rng.random() < 0.7)
     mask[0][0] = True
-    return dict(logprobs=torch.tensor(logp, dtype=torch.float64), mask=torch.tensor(mask),
-                old_logprobs=torch.tensor([[x - rng.gauss(0, 1) for x in row] for row in logp], dtype=torch.float64),
-                advantages=torch.tensor([[rng.choice((0.0, rng.uniform(-6, 6)))] for _ in range(B)], dtype=torch.float64),
-                guided=torch.tensor(grid(lambda: rng.random() < 0.5)))
+    return dict(
+        logprobs=torch.tensor(logp, dtype=torch.float64),
+        mask=torch.tensor(mask),
+        old_logprobs=torch.tensor(
+            [[x - rng.gauss(0, 1) for x in row] for row in logp], dtype=torch.float64
+        ),
+        advantages=torch.tensor(
+            [[rng.choice((0.0, rng.uniform(-6, 6)))] for _ in range(B)], dtype=torch.float64
+        ),
+        guided=torch.tensor(grid(lambda: rng.random() < 0.5)),
+    )
 
 
 def loss_and_gradient(batch, **options):
@@ -111,13 +121,23 @@ def loss_and_gradient(batch, **options):
 
 
 def as_lists(batch):
-    return (batch["logprobs"].tolist(), batch["old_logprobs"].tolist(), batch["advantages"].flatten().tolist(),
-            batch["mask"].tolist(), batch["guided"].tolist())
+    return (
+        batch["logprobs"].tolist(),
+        batch["old_logprobs"].tolist(),
+        batch["advantages"].flatten().tolist(),
+        batch["mask"].tolist(),
+        batch["guided"].tolist(),
+    )
 
 
 def one_token(logp, advantage, old=None, guided=True, **options):
-    batch = dict(logprobs=torch.tensor([[logp]]), old_logprobs=torch.tensor([[logp if old is None else old]]),
-                 advantages=torch.tensor([[advantage]]), mask=torch.ones(1, 1), guided=torch.tensor([[guided]]))
+    batch = dict(
+        logprobs=torch.tensor([[logp]]),
+        old_logprobs=torch.tensor([[logp if old is None else old]]),
+        advantages=torch.tensor([[advantage]]),
+        mask=torch.ones(1, 1),
+        guided=torch.tensor([[guided]]),
+    )
     loss, gradient, _ = loss_and_gradient(batch, **options)
     return loss.item(), gradient.item()
 
@@ -135,7 +155,9 @@ def test_advantages_are_z_scores_with_bessels_correction(rewards):
 
 
 def test_one_right_answer_in_two_has_the_advantage_of_one_over_root_two():
-    assert group_advantages(torch.tensor([[1.0, 0.0]])).tolist()[0] == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
+    assert group_advantages(torch.tensor([[1.0, 0.0]])).tolist()[0] == pytest.approx(
+        [0.5**0.5, -(0.5**0.5)], abs=1e-5
+    )
 
 
 @PROPERTY
@@ -159,29 +181,56 @@ def test_groups_do_not_see_each_other():
 @PROPERTY
 @given(st.floats(-9, 9))
 def test_gamma_is_the_formula_kept_between_its_ends(a):
-    assert shaping_coefficient(torch.tensor(a, dtype=torch.float64)).item() == pytest.approx(reference_gamma(a), abs=1e-15)
+    assert shaping_coefficient(torch.tensor(a, dtype=torch.float64)).item() == pytest.approx(
+        reference_gamma(a), abs=1e-15
+    )
 
 
-@pytest.mark.parametrize("a, gamma", [(4.0, 0.001), (0.0, 0.0), (2.0, 0.0005), (-2.0, -0.0005), (-4.0, -0.001),
-                                      (100.0, 0.001), (-100.0, -0.001)])
+@pytest.mark.parametrize(
+    "a, gamma",
+    [
+        (4.0, 0.001),
+        (0.0, 0.0),
+        (2.0, 0.0005),
+        (-2.0, -0.0005),
+        (-4.0, -0.001),
+        (100.0, 0.001),
+        (-100.0, -0.001),
+    ],
+)
 def test_gamma_is_positive_for_good_rollouts_and_ends_at_four(a, gamma):
-    assert shaping_coefficient(torch.tensor(a, dtype=torch.float64)).item() == pytest.approx(gamma, abs=1e-15)
+    assert shaping_coefficient(torch.tensor(a, dtype=torch.float64)).item() == pytest.approx(
+        gamma, abs=1e-15
+    )
 
 
 @PROPERTY
 @given(st.floats(1e-7, 1.0), st.floats(-6, 6))
 def test_the_shaped_weight_is_the_formula_with_its_guards(pi, a):
-    w = shaped_ratio(torch.tensor([[math.log(pi)]], dtype=torch.float64), torch.tensor([[a]], dtype=torch.float64))
+    w = shaped_ratio(
+        torch.tensor([[math.log(pi)]], dtype=torch.float64),
+        torch.tensor([[a]], dtype=torch.float64),
+    )
     assert w.item() == pytest.approx(reference_w(math.exp(math.log(pi)), a), rel=1e-9)
 
 
-@pytest.mark.parametrize("pi, a, w", [
-    (0.5, 4.0, 0.5 / 0.501), (0.001, 4.0, 0.5), (0.0005, 2.0, 0.5), (0.002, -4.0, 2.0), (0.3, 0.0, 1.0),
-    (0.0005, -4.0, 1 / 1.0001),  # guard (a)
-    (0.9999, 4.0, 1 / 0.9999),   # guard (b)
-])
+@pytest.mark.parametrize(
+    "pi, a, w",
+    [
+        (0.5, 4.0, 0.5 / 0.501),
+        (0.001, 4.0, 0.5),
+        (0.0005, 2.0, 0.5),
+        (0.002, -4.0, 2.0),
+        (0.3, 0.0, 1.0),
+        (0.0005, -4.0, 1 / 1.0001),  # guard (a)
+        (0.9999, 4.0, 1 / 0.9999),  # guard (b)
+    ],
+)
 def test_a_rare_token_of_a_good_rollout_is_learned_gently_and_of_a_bad_one_harder(pi, a, w):
-    found = shaped_ratio(torch.tensor([[math.log(pi)]], dtype=torch.float64), torch.tensor([[a]], dtype=torch.float64))
+    found = shaped_ratio(
+        torch.tensor([[math.log(pi)]], dtype=torch.float64),
+        torch.tensor([[a]], dtype=torch.float64),
+    )
     assert found.item() == pytest.approx(w)
 
 
@@ -195,9 +244,13 @@ def test_the_gradient_of_w_is_pi_over_pi_plus_gamma_times_that_of_log_pi(a, shif
         return weights[0] / sum(weights)
 
     leaf = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
-    shaped_ratio(leaf.log_softmax(0)[:1][None], torch.tensor([[a]], dtype=torch.float64)).sum().backward()
+    shaped_ratio(
+        leaf.log_softmax(0)[:1][None], torch.tensor([[a]], dtype=torch.float64)
+    ).sum().backward()
     h = 1e-4
-    slope = (math.log(pi(shift + h)) - math.log(pi(shift - h))) / (2 * h)  # of log π, by its first logit
+    slope = (math.log(pi(shift + h)) - math.log(pi(shift - h))) / (
+        2 * h
+    )  # of log π, by its first logit
     assert leaf.grad[0].item() == pytest.approx(reference_w(pi(shift), a) * slope, rel=1e-5)
 
 
@@ -218,7 +271,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(batch):
     loss, gradient, metrics = loss_and_gradient(batch)
     expected, slopes = reference_loss(*as_lists(batch))
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12) == metrics["loss"]
-    torch.testing.assert_close(gradient, torch.tensor(slopes, dtype=torch.float64), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        gradient, torch.tensor(slopes, dtype=torch.float64), rtol=1e-8, atol=1e-12
+    )
 
 
 @PROPERTY
@@ -226,28 +281,50 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(batch):
 def test_metrics_are_means_over_the_tokens_they_name(batch):
     logp, old, a, mask, guided = as_lists(batch)
     _, _, metrics = loss_and_gradient(batch)
-    tokens = [(logp[i][t], old[i][t], a[i], guided[i][t]) for i, row in enumerate(mask) for t, m in enumerate(row) if m]
+    tokens = [
+        (logp[i][t], old[i][t], a[i], guided[i][t])
+        for i, row in enumerate(mask)
+        for t, m in enumerate(row)
+        if m
+    ]
     ordinary = [(math.exp(p - o), x) for p, o, x, g in tokens if not is_shaped(p, x, g)]
     helped = [(math.exp(p), x) for p, _, x, g in tokens if g]
     ratios = [p - o for p, o, _, _ in tokens]
     outside = [(x > 0 and rho > 1.2) or (x < 0 and rho < 0.8) for rho, x in ordinary]
     mean = lambda values: sum(values) / max(1, len(values))
-    assert metrics["kl_old"] == pytest.approx(mean([math.exp(r) - 1 - r for r in ratios]), rel=1e-6, abs=1e-9)
+    assert metrics["kl_old"] == pytest.approx(
+        mean([math.exp(r) - 1 - r for r in ratios]), rel=1e-6, abs=1e-9
+    )
     assert metrics["guided_share"] == pytest.approx(len(helped) / len(tokens))
     assert metrics["shaped_share"] == pytest.approx(1 - len(ordinary) / len(tokens))
-    assert metrics["w_guided"] == pytest.approx(mean([reference_w(pi, x) for pi, x in helped]), rel=1e-6)
+    assert metrics["w_guided"] == pytest.approx(
+        mean([reference_w(pi, x) for pi, x in helped]), rel=1e-6
+    )
     assert metrics["pi_guided"] == pytest.approx(mean([pi for pi, _ in helped]), rel=1e-6)
     assert metrics["clip_fraction"] == pytest.approx(sum(outside) / len(tokens))
-    assert metrics["dual_clip_fraction"] == pytest.approx(sum(x < 0 and rho > 3 for rho, x in ordinary) / len(tokens))
+    assert metrics["dual_clip_fraction"] == pytest.approx(
+        sum(x < 0 and rho > 3 for rho, x in ordinary) / len(tokens)
+    )
 
 
-@pytest.mark.parametrize("advantage, rho, loss, slope", [
-    (2.0, 1.1, -2.2, -2.2), (2.0, 1.5, -2.4, 0.0), (2.0, 0.5, -1.0, -1.0),     # a good token: no further up than 1 + ε
-    (-2.0, 0.9, 1.8, 1.8), (-2.0, 0.5, 1.6, 0.0), (-2.0, 1.5, 3.0, 3.0),       # a bad one: no further down than 1 − ε
-    (-2.0, 10.0, 6.0, 0.0),                                                    # nor by more than c
-])
-def test_an_ordinary_token_is_clipped_pessimistically_and_dual_clipped_when_bad(advantage, rho, loss, slope):
-    assert one_token(-3.0, advantage, -3.0 - math.log(rho), guided=False) == pytest.approx((loss, slope), rel=1e-5, abs=1e-7)
+@pytest.mark.parametrize(
+    "advantage, rho, loss, slope",
+    [
+        (2.0, 1.1, -2.2, -2.2),
+        (2.0, 1.5, -2.4, 0.0),
+        (2.0, 0.5, -1.0, -1.0),  # a good token: no further up than 1 + ε
+        (-2.0, 0.9, 1.8, 1.8),
+        (-2.0, 0.5, 1.6, 0.0),
+        (-2.0, 1.5, 3.0, 3.0),  # a bad one: no further down than 1 − ε
+        (-2.0, 10.0, 6.0, 0.0),  # nor by more than c
+    ],
+)
+def test_an_ordinary_token_is_clipped_pessimistically_and_dual_clipped_when_bad(
+    advantage, rho, loss, slope
+):
+    assert one_token(-3.0, advantage, -3.0 - math.log(rho), guided=False) == pytest.approx(
+        (loss, slope), rel=1e-5, abs=1e-7
+    )
 
 
 def test_clip_and_dual_clip_can_be_set():
@@ -266,21 +343,42 @@ def test_an_unlikely_guided_token_of_a_bad_rollout_is_ordinary():
     assert one_token(math.log(0.009), 2.0, math.log(0.05))[1] == pytest.approx(-2 * 0.009 / 0.0095)
 
 
+def test_guard_c_is_for_bad_rollouts_and_probabilities_below_the_bound():
+    pi, advantages = torch.tensor([[0.009, 0.01, 0.5]]), torch.tensor([[-1.0], [0.0], [1.0]])
+    found = too_unlikely_to_push_down(advantages, pi, 0.01)
+    assert found.tolist() == [[True, False, False], [False] * 3, [False] * 3]
+
+
 def test_other_shapings_of_guided_tokens():
-    assert one_token(math.log(0.5), 2.0, math.log(0.05), shaping="ratio") == pytest.approx((-2.4, 0.0))
-    assert one_token(math.log(0.5), 2.0, math.log(0.05), shaping="likelihood") == pytest.approx((-2 * math.log(0.5), -2.0))
+    assert one_token(math.log(0.5), 2.0, math.log(0.05), shaping="ratio") == pytest.approx(
+        (-2.4, 0.0)
+    )
+    assert one_token(math.log(0.5), 2.0, math.log(0.05), shaping="likelihood") == pytest.approx(
+        (-2 * math.log(0.5), -2.0)
+    )
 
 
 @PROPERTY
 @given(batches(), st.integers(0, 99))
 def test_the_kl_term_is_the_k3_estimate(batch, seed):
-    noise = torch.randn(batch["mask"].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        batch["mask"].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     ref = batch["logprobs"] + noise
     loss, gradient, _ = loss_and_gradient(batch, kl_coef=0.3, ref_logprobs=ref)
     logp, old, a, mask, guided = as_lists(batch)
     n, rows = sum(map(sum, mask)), range(len(mask))
-    cells = [[reference_token(logp[i][t], old[i][t], a[i], guided[i][t], kl_coef=0.3, ref=ref[i, t].item()) if m else (0, 0)
-              for t, m in enumerate(mask[i])] for i in rows]
+    cells = [
+        [
+            reference_token(
+                logp[i][t], old[i][t], a[i], guided[i][t], kl_coef=0.3, ref=ref[i, t].item()
+            )
+            if m
+            else (0, 0)
+            for t, m in enumerate(mask[i])
+        ]
+        for i in rows
+    ]
     assert loss.item() == pytest.approx(sum(cell[0] for row in cells for cell in row) / n)
     slopes = torch.tensor([[cell[1] / n for cell in row] for row in cells], dtype=torch.float64)
     torch.testing.assert_close(gradient, slopes, rtol=1e-8, atol=1e-12)
@@ -291,21 +389,40 @@ def test_the_kl_term_is_the_k3_estimate(batch, seed):
 def test_what_padding_holds_changes_neither_loss_nor_gradient(batch, garbage):
     ref = batch["logprobs"] - 0.1
     loss, gradient, metrics = loss_and_gradient(batch, kl_coef=0.1, ref_logprobs=ref)
-    logp, old, padded_ref = (x.masked_fill(~batch["mask"], g) for x, g in
-                             zip((batch["logprobs"], batch["old_logprobs"], ref), garbage))
-    padded = {**batch, "logprobs": logp, "old_logprobs": old, "guided": batch["guided"] | ~batch["mask"]}
-    again, gradient_again, metrics_again = loss_and_gradient(padded, kl_coef=0.1, ref_logprobs=padded_ref)
-    assert torch.equal(again, loss) and torch.equal(gradient_again, gradient) and metrics_again == metrics
+    logp, old, padded_ref = (
+        x.masked_fill(~batch["mask"], g)
+        for x, g in zip((batch["logprobs"], batch["old_logprobs"], ref), garbage)
+    )
+    padded = {
+        **batch,
+        "logprobs": logp,
+        "old_logprobs": old,
+        "guided": batch["guided"] | ~batch["mask"],
+    }
+    again, gradient_again, metrics_again = loss_and_gradient(
+        padded, kl_coef=0.1, ref_logprobs=padded_ref
+    )
+    assert (
+        torch.equal(again, loss)
+        and torch.equal(gradient_again, gradient)
+        and metrics_again == metrics
+    )
     assert (gradient[~batch["mask"]] == 0).all()
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_advantages_by_token_may_hold_anything_in_padding(garbage):
     mask = torch.tensor([[True, True, False]])
-    batch = dict(logprobs=torch.tensor([[-1.0, -2, -3]]), old_logprobs=torch.tensor([[-1.1, -2, -3]]), mask=mask,
-                 guided=torch.tensor([[False, True, True]]))
+    batch = dict(
+        logprobs=torch.tensor([[-1.0, -2, -3]]),
+        old_logprobs=torch.tensor([[-1.1, -2, -3]]),
+        mask=mask,
+        guided=torch.tensor([[False, True, True]]),
+    )
     clean = loss_and_gradient({**batch, "advantages": torch.tensor([[1.5]])})
-    dirty = loss_and_gradient({**batch, "advantages": torch.full((1, 3), 1.5).masked_fill(~mask, garbage)})
+    dirty = loss_and_gradient(
+        {**batch, "advantages": torch.full((1, 3), 1.5).masked_fill(~mask, garbage)}
+    )
     assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[1], clean[1])
 
 
@@ -337,7 +454,7 @@ def test_shapes_that_do_not_fit_are_refused(advantages):
         policy_loss(torch.zeros(2, 2), torch.zeros(2, 2), advantages, torch.ones(2, 2))
 
 
-# ------------------------------------------------------------------ notes on the published code (METHOD section 6)
+# ------------------------------------------------------------------ what the published code does instead
 
 
 @PROPERTY
@@ -347,13 +464,17 @@ def test_published_1_gamma_is_one_constant_whatever_the_advantage(a):
 
 
 def test_published_1_a_rare_token_of_a_good_rollout_weighs_101_instead_of_a_half():
-    assert one_token(math.log(0.00101), 4.0, published=True)[0] == pytest.approx(-4 * 101, rel=1e-2)
+    assert one_token(math.log(0.00101), 4.0, published_gamma=True)[0] == pytest.approx(
+        -4 * 101, rel=1e-2
+    )
     assert one_token(math.log(0.00101), 4.0)[0] == pytest.approx(-4 * 0.00101 / 0.00201, rel=1e-3)
 
 
 def test_published_1_without_guards_a_good_token_is_pushed_down():
-    assert one_token(math.log(0.0005), 2.0, published=True, guards=False)[1] > 0  # descent lowers log π
-    assert one_token(math.log(0.0005), 2.0, published=True)[1] < 0
+    assert (
+        one_token(math.log(0.0005), 2.0, published_gamma=True, guards=False)[1] > 0
+    )  # descent lowers log π
+    assert one_token(math.log(0.0005), 2.0, published_gamma=True)[1] < 0
     assert one_token(math.log(0.0005), 2.0, guards=False)[1] < 0
 
 
@@ -400,7 +521,9 @@ def test_token_logprobs_are_the_log_softmax_of_the_full_logits(temperature):
         for t in range(6):
             at = expected[i][t]
             assert logprobs[i, t].item() == pytest.approx(at[tokens[i, t + 1]], abs=1e-5)
-            assert entropy[i, t].item() == pytest.approx(-sum(math.exp(x) * x for x in at), abs=1e-5)
+            assert entropy[i, t].item() == pytest.approx(
+                -sum(math.exp(x) * x for x in at), abs=1e-5
+            )
     assert logprobs.requires_grad and not entropy.requires_grad
 
 
@@ -420,10 +543,14 @@ def test_no_logprobs_to_train_on_without_a_temperature_above_0(temperature):
 
 def full_logits_logprobs(states, weight, targets, temperature):
     logits = states @ weight.T / temperature
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), torch.distributions.Categorical(logits=logits).entropy()
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(
+        -1
+    ), torch.distributions.Categorical(logits=logits).entropy()
 
 
-@pytest.mark.parametrize("vocabulary", (11, 512, 1300))  # less than one slice, exactly one, three of which the last is short
+@pytest.mark.parametrize(
+    "vocabulary", (11, 512, 1300)
+)  # less than one slice, exactly one, three of which the last is short
 @pytest.mark.parametrize("size", (0.1, 1.0, 30.0))  # logits all alike, ordinary, hundreds apart
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 1.3))
 def test_the_sliced_head_is_the_full_one_in_value_and_gradient(vocabulary, size, temperature):
@@ -437,16 +564,24 @@ def test_the_sliced_head_is_the_full_one_in_value_and_gradient(vocabulary, size,
             logprobs, entropy = HeadLogprobs.apply(*leaves, targets, 512, None, temperature)
         else:
             logprobs, entropy = full_logits_logprobs(*leaves, targets, temperature)
-        outcomes.append((logprobs, entropy, *torch.autograd.grad((logprobs * upstream).sum(), leaves)))
+        outcomes.append(
+            (logprobs, entropy, *torch.autograd.grad((logprobs * upstream).sum(), leaves))
+        )
     for expected, found in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5 * max(1.0, size / temperature))
+        torch.testing.assert_close(
+            found, expected.float(), rtol=1e-5, atol=1e-5 * max(1.0, size / temperature)
+        )
 
 
 def test_the_heads_gradient_may_be_added_to_a_buffer_instead():
-    states, weight, targets = torch.randn(5, 4, requires_grad=True), torch.randn(600, 4, requires_grad=True), torch.arange(5) * 140
-    HeadLogprobs.apply(states, weight, targets, 512, None)[0].sum().backward()
+    states, weight, targets = (
+        torch.randn(5, 4, requires_grad=True),
+        torch.randn(600, 4, requires_grad=True),
+        torch.arange(5) * 140,
+    )
+    HeadLogprobs.apply(states, weight, targets, 512, None, 1.0)[0].sum().backward()
     expected, weight.grad = weight.grad, torch.ones(600, 4)
-    HeadLogprobs.apply(states, weight, targets, 512, weight.grad)[0].sum().backward()
+    HeadLogprobs.apply(states, weight, targets, 512, weight.grad, 1.0)[0].sum().backward()
     torch.testing.assert_close(weight.grad, expected + 1)
 
 
@@ -457,8 +592,10 @@ def test_token_logprobs_have_the_gradient_of_the_full_logits(tied, recompute_fro
     model, tokens = tiny_model(tie_embeddings=tied), torch.randint(11, (3, 7))
     upstream = torch.randn(3, 6)
     gradients = []
-    for logprobs in (token_logprobs(model, tokens),
-                     model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)):
+    for logprobs in (
+        token_logprobs(model, tokens),
+        model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1),
+    ):
         gradients.append(torch.autograd.grad((logprobs * upstream).sum(), list(model.parameters())))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -466,7 +603,11 @@ def test_token_logprobs_have_the_gradient_of_the_full_logits(tied, recompute_fro
 
 def test_the_logits_never_exist_as_a_whole(monkeypatch):
     monkeypatch.setattr("grpo.slice_size", lambda *_: 64)
-    model, tokens, largest = tiny_model(vocab_size=4000, tie_embeddings=True), torch.randint(4000, (4, 16)), []
+    model, tokens, largest = (
+        tiny_model(vocab_size=4000, tie_embeddings=True),
+        torch.randint(4000, (4, 16)),
+        [],
+    )
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -485,12 +626,22 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch):
 
 
 def test_token_logprobs_of_a_bfloat16_model_are_float32():
-    assert token_logprobs(tiny_model(dtype=torch.bfloat16), torch.randint(11, (1, 4))).dtype == torch.float32
+    assert (
+        token_logprobs(tiny_model(dtype=torch.bfloat16), torch.randint(11, (1, 4))).dtype
+        == torch.float32
+    )
 
 
 def test_collate_puts_each_response_token_where_it_is_predicted():
     whole = Rollout([1, 2, 3], [4, 5], True, advantage=0.5, old_logprobs=[-1.0, -2.0])
-    helped = Rollout([6], [7, 8, 9, 10], True, guided_from=2, advantage=-1.5, old_logprobs=[-3.0, -4.0, -5.0, -6.0])
+    helped = Rollout(
+        [6],
+        [7, 8, 9, 10],
+        True,
+        guided_from=2,
+        advantage=-1.5,
+        old_logprobs=[-3.0, -4.0, -5.0, -6.0],
+    )
     tokens, mask, guided, old, advantages = collate([whole, helped])
     assert tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     assert mask.tolist() == [[False, False, True, True], [True] * 4]
@@ -501,16 +652,22 @@ def test_collate_puts_each_response_token_where_it_is_predicted():
 
 
 @PROPERTY
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=12), st.integers(1, 120))
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=12), st.integers(1, 120)
+)
 def test_micro_batches_hold_every_rollout_once_and_no_more_tokens_than_allowed(lengths, size):
     rollouts = [Rollout([0] * p, [i] * n, True) for i, (p, n) in enumerate(lengths)]
     batches = list(micro_batches(rollouts, size))
     assert sorted(r.response[0] for batch in batches for r in batch) == list(range(len(rollouts)))
-    assert all(batch and (len(batch) == 1 or collate(batch)[0].numel() <= size) for batch in batches)
+    assert all(
+        batch and (len(batch) == 1 or collate(batch)[0].numel() <= size) for batch in batches
+    )
 
 
 def padded(batches):
-    return sum(len(batch) * max(len(r.prompt) + len(r.response) for r in batch) for batch in batches)
+    return sum(
+        len(batch) * max(len(r.prompt) + len(r.response) for r in batch) for batch in batches
+    )
 
 
 @PROPERTY
@@ -530,10 +687,21 @@ def test_no_other_cut_into_micro_batches_is_cheaper(lengths, size):
 @pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="needs ../shared/gsm8k")
 def test_under_a_tenth_of_the_tokens_of_gsm8k_rollouts_is_padding():
     tokenizer = Tokenizer.builtin()
-    lines = [json.loads(line) for line in (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:640]]
-    prompts, solutions = ([tokenizer.encode(line[key]) for line in lines] for key in ("question", "answer"))
-    for start in range(0, 640, 32):  # the published mini-batch, each rollout another question's solution
-        rollouts = [Rollout(prompts[i], solutions[(i + 7 * g) % 640], True) for i in range(start, start + 32) for g in range(5)]
+    lines = [
+        json.loads(line)
+        for line in (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:640]
+    ]
+    prompts, solutions = (
+        [tokenizer.encode(line[key]) for line in lines] for key in ("question", "answer")
+    )
+    for start in range(
+        0, 640, 32
+    ):  # the published mini-batch, each rollout another question's solution
+        rollouts = [
+            Rollout(prompts[i], solutions[(i + 7 * g) % 640], True)
+            for i in range(start, start + 32)
+            for g in range(5)
+        ]
         tokens = sum(len(r.prompt) + len(r.response) for r in rollouts)
         assert padded(micro_batches(rollouts, 16384)) < tokens / 0.9
 
@@ -545,8 +713,12 @@ def applied_gradient(model, rollouts, **options):
     """The gradient an update applies (by plain descent with rate 1), a tensor a parameter, and its metrics."""
     model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
-    metrics = update(model, torch.optim.SGD(model.parameters(), lr=1.0), copy.deepcopy(rollouts),
-                     **{"max_grad_norm": 1e9, **options})
+    metrics = update(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        copy.deepcopy(rollouts),
+        **{"max_grad_norm": 1e9, **options},
+    )
     return [old - new.detach() for old, new in zip(before, model.parameters())], metrics
 
 
@@ -560,7 +732,9 @@ def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.
         for t in range(len(r.response)):
             at = len(r.prompt) + t
             here = logp[at - 1, ids[at]]
-            guided = r.guided_from is not None and (t >= r.guided_from or guided_tokens == "trajectory")
+            guided = r.guided_from is not None and (
+                t >= r.guided_from or guided_tokens == "trajectory"
+            )
             _, slope = reference_token(here.item(), r.old_logprobs[t], r.advantage, guided)
             (here * slope / total).backward(retain_graph=True)
     return [p.grad for p in model.parameters()]
@@ -575,8 +749,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("guided_tokens", ("guidance", "trajectory"))
 @pytest.mark.parametrize("micro_batch, temperature", ((1, 1.0), (30, 1.0), (10**6, 1.0), (30, 0.7)))
-def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(micro_batch, temperature, guided_tokens,
-                                                                                     tied):
+def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_batch(
+    micro_batch, temperature, guided_tokens, tied
+):
     model = tiny_model(tie_embeddings=tied)
     rollouts = ragged_rollouts(model)
     options = dict(guided_tokens=guided_tokens, temperature=temperature)
@@ -617,12 +792,17 @@ def expected_gradient_of_update(model, rollouts, temperature):
 @pytest.mark.parametrize("temperature", (0.5, 0.7, 1.0, 1.3))
 def test_the_updates_gradient_is_that_of_the_expected_reward_under_the_sampled_policy(temperature):
     model, prompt = eight_token_model(), [3, 1, 4]
-    rewards = torch.tensor([float(a * 3 + b * 5 % 7 > 12) for a, b in ALL_PAIRS], dtype=torch.float64)
+    rewards = torch.tensor(
+        [float(a * 3 + b * 5 % 7 > 12) for a, b in ALL_PAIRS], dtype=torch.float64
+    )
     pi = log_probability_of_each_pair(model, prompt, temperature).sum(1).exp()
     torch.testing.assert_close(pi.sum().item(), 1.0)
     true = torch.autograd.grad((pi * rewards).sum(), list(model.parameters()))
     true = torch.cat([g.flatten() for g in true])
-    rollouts = [Rollout(prompt, list(pair), True, advantage=a) for pair, a in zip(ALL_PAIRS, (pi * rewards).tolist())]
+    rollouts = [
+        Rollout(prompt, list(pair), True, advantage=a)
+        for pair, a in zip(ALL_PAIRS, (pi * rewards).tolist())
+    ]
     found = expected_gradient_of_update(model, rollouts, temperature)
     assert torch.cosine_similarity(found, true, dim=0).item() == pytest.approx(1, abs=1e-6)
     assert (found - true).norm() < 1e-5 * true.norm()
@@ -633,7 +813,10 @@ def test_tokens_that_cannot_matter_have_no_gradient(temperature):
     model, prompt = eight_token_model(), [3, 1, 4]
     pi = log_probability_of_each_pair(model, prompt, temperature).detach().sum(1).exp()
     # The reward is for the first token alone, and the second, which is trained here, comes after it.
-    rollouts = [Rollout([*prompt, a], [b], True, advantage=p * (a > 3)) for (a, b), p in zip(ALL_PAIRS, pi.tolist())]
+    rollouts = [
+        Rollout([*prompt, a], [b], True, advantage=p * (a > 3))
+        for (a, b), p in zip(ALL_PAIRS, pi.tolist())
+    ]
     found = expected_gradient_of_update(model, rollouts, temperature)
     assert found.norm() < 1e-6
 
@@ -641,34 +824,58 @@ def test_tokens_that_cannot_matter_have_no_gradient(temperature):
 @pytest.mark.parametrize("temperature", (0.5, 0.7, 1.0, 1.3))
 def test_the_sampler_and_the_update_mean_the_same_policy(temperature):
     model = eight_token_model()
-    responses, logs = generate(model, [[3, 1, 4]], max_tokens=6, stop=(0,), samples=40, temperature=temperature,
-                               generator=torch.Generator().manual_seed(0), logprobs=True)
-    sampled = [Rollout([3, 1, 4], ids, True, advantage=1.0, old_logprobs=log) for ids, log in zip(responses, logs)]
+    responses, logs = generate(
+        model,
+        [[3, 1, 4]],
+        max_tokens=6,
+        stop=(0,),
+        samples=40,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+        logprobs=True,
+    )
+    sampled = [
+        Rollout([3, 1, 4], ids, True, advantage=1.0, old_logprobs=log)
+        for ids, log in zip(responses, logs)
+    ]
     computed = [Rollout([3, 1, 4], ids, True) for ids in responses]
     snapshot(model, computed, temperature=temperature)
     for a, b in zip(sampled, computed, strict=True):
         assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-5)
-    assert applied_gradient(model, sampled, temperature=temperature)[1]["kl_old"] == pytest.approx(0, abs=1e-6)
+    assert applied_gradient(model, sampled, temperature=temperature)[1]["kl_old"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 1.3))
 def test_the_kl_terms_reference_has_the_same_temperature(temperature):
     model = eight_token_model()
     rollouts = [Rollout([3, 1, 4], list(pair), True) for pair in ALL_PAIRS]
-    _, metrics = applied_gradient(model, rollouts, temperature=temperature, kl_coef=1.0, reference=model)
+    _, metrics = applied_gradient(
+        model, rollouts, temperature=temperature, kl_coef=1.0, reference=model
+    )
     assert metrics["grad_norm"] < 1e-6 and metrics["loss"] == 0  # π_θ is π_ref
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
-def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(temperature, monkeypatch):
+def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(
+    temperature, monkeypatch
+):
     model = tiny_model(tie_embeddings=True)
     rollouts = ragged_rollouts(model, n=60)
-    sizes = {collate(batch)[1].sum().item() for batch in micro_batches([r for r in rollouts if r.advantage], 40)}
+    sizes = {
+        collate(batch)[1].sum().item()
+        for batch in micro_batches([r for r in rollouts if r.advantage], 40)
+    }
     assert len(sizes) > 8  # as many graphs are torch's limit
     options = dict(micro_batch=40, temperature=temperature)
     expected, expected_metrics = applied_gradient(model, rollouts, **options)
     compiled = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(grpo, "logprobs_at", torch.compile(grpo.logprobs_at, backend=compiled, fullgraph=True, dynamic=True))
+    monkeypatch.setattr(
+        grpo,
+        "logprobs_at",
+        torch.compile(grpo.logprobs_at, backend=compiled, fullgraph=True, dynamic=True),
+    )
     found, metrics = applied_gradient(model, rollouts, **options)
     assert 1 <= compiled.frame_count <= 4  # one row is a case of its own, and so is the first shape
     assert_same(found, expected)
@@ -695,11 +902,18 @@ def test_published_6_the_dual_clip_is_off_once_nobody_is_guided():
     rollouts = [Rollout([1, 2], [3], True, advantage=-2.0), Rollout([1, 2], [4, 5, 6], True)]
     snapshot(model, rollouts)
     rollouts[0].old_logprobs[0] -= math.log(10)  # ρ = 10
-    published, intended = (applied_gradient(model, rollouts, published_dual_clip=p)[1] for p in (True, False))
+    published, intended = (
+        applied_gradient(model, rollouts, published_dual_clip=p)[1] for p in (True, False)
+    )
     assert published["loss"] == pytest.approx(2 * 10 / 4, rel=1e-5) and published["grad_norm"] > 0.1
     assert intended["loss"] == pytest.approx(2 * 3 / 4, rel=1e-5) and intended["grad_norm"] == 0
-    rollouts[1].guided_from, rollouts[1].advantage = 1, 1e-9  # while the teacher is there, the two agree
-    published, intended = (applied_gradient(model, rollouts, published_dual_clip=p)[1] for p in (True, False))
+    rollouts[1].guided_from, rollouts[1].advantage = (
+        1,
+        1e-9,
+    )  # while the teacher is there, the two agree
+    published, intended = (
+        applied_gradient(model, rollouts, published_dual_clip=p)[1] for p in (True, False)
+    )
     assert published["loss"] == intended["loss"] == pytest.approx(2 * 3 / 4, rel=1e-5)
 
 
@@ -708,7 +922,10 @@ def test_the_published_dual_clip_does_not_depend_on_the_micro_batch():
     rollouts = ragged_rollouts(model)
     for r in rollouts:
         r.advantage, r.old_logprobs = -1.0, [x - 2 for x in r.old_logprobs]
-    one, all_ = (applied_gradient(model, rollouts, micro_batch=size, published_dual_clip=True)[0] for size in (1, 10**6))
+    one, all_ = (
+        applied_gradient(model, rollouts, micro_batch=size, published_dual_clip=True)[0]
+        for size in (1, 10**6)
+    )
     assert_same(one, all_)
 
 
@@ -716,7 +933,9 @@ def test_rollouts_without_advantage_are_skipped_but_count_in_the_mean():
     model = tiny_model()
     rollouts = ragged_rollouts(model)
     found, metrics = applied_gradient(model, rollouts)
-    full, full_metrics = applied_gradient(model, rollouts, kl_coef=1e-30, reference=model)  # a KL term needs them all
+    full, full_metrics = applied_gradient(
+        model, rollouts, kl_coef=1e-30, reference=model
+    )  # a KL term needs them all
     assert_same(found, full)
     assert metrics["loss"] == pytest.approx(full_metrics["loss"], abs=1e-6)
     assert full_metrics["active_share"] == 1
@@ -736,7 +955,10 @@ def test_a_mini_batch_without_any_advantage_changes_nothing():
 def test_the_order_of_rollouts_does_not_change_the_gradient():
     model = tiny_model()
     rollouts = ragged_rollouts(model)
-    assert_same(applied_gradient(model, rollouts[::-1], micro_batch=30)[0], applied_gradient(model, rollouts)[0])
+    assert_same(
+        applied_gradient(model, rollouts[::-1], micro_batch=30)[0],
+        applied_gradient(model, rollouts)[0],
+    )
 
 
 @pytest.mark.parametrize("poison", (math.nan, -math.inf))
@@ -747,7 +969,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_leaves_weights_and_optimiz
     rollouts = ragged_rollouts(model)
     rollouts[0].advantage = poison
     assert update(model, optimizer, rollouts)["skipped"] == 1
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items()) and not optimizer.state
+    assert (
+        all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        and not optimizer.state
+    )
     assert all(p.grad is None for p in model.parameters())
     assert update(model, optimizer, ragged_rollouts(model))["skipped"] == 0
     assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -756,11 +981,39 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_leaves_weights_and_optimiz
 def test_the_gradient_is_clipped_to_its_norm_and_reported_before():
     model = tiny_model()
     rollouts = ragged_rollouts(model)
-    norm = lambda parts: math.sqrt(sum(float((g.double()**2).sum()) for g in parts))
+    norm = lambda parts: math.sqrt(sum(float((g.double() ** 2).sum()) for g in parts))
     full, _ = applied_gradient(model, rollouts)
     clipped, metrics = applied_gradient(model, rollouts, max_grad_norm=0.01)
     assert norm(clipped) == pytest.approx(0.01, rel=1e-3) and norm(full) > 0.05
     assert metrics["grad_norm"] == pytest.approx(norm(full), rel=1e-3)
+
+
+def test_settings_are_one_object_whose_fields_may_be_overridden():
+    model = tiny_model()
+    rollouts = ragged_rollouts(model)
+    settings = LossSettings(clip=0.05, kl_coef=0.3, micro_batch=30, max_grad_norm=0.01)
+    found = applied_gradient(model, rollouts, settings=settings, max_grad_norm=1e9, reference=model)
+    expected = applied_gradient(
+        model, rollouts, clip=0.05, kl_coef=0.3, micro_batch=30, reference=model
+    )
+    assert found[1] == expected[1]
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    with pytest.raises(TypeError, match="clipping"):
+        applied_gradient(model, rollouts, clipping=0.1)
+
+
+@pytest.mark.parametrize("micro_batch", (1, 10**6))
+def test_a_pass_over_nothing_changes_neither_gradient_nor_metrics(micro_batch):
+    """What a process with less to do joins the others' passes with."""
+    model = tiny_model()
+    rollouts = ragged_rollouts(model)
+    options = dict(micro_batch=micro_batch, kl_coef=0.1, reference=tiny_model(1))
+    found, metrics = applied_gradient(model, [NOTHING, *rollouts, NOTHING], **options)
+    expected, expected_metrics = applied_gradient(model, rollouts, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+    alone, metrics = applied_gradient(model, [NOTHING], **options)
+    assert all((g == 0).all() for g in alone) and metrics["loss"] == metrics["skipped"] == 0
 
 
 def test_a_guided_rollout_is_snapshot_under_the_students_prompt():
@@ -772,7 +1025,9 @@ def test_a_guided_rollout_is_snapshot_under_the_students_prompt():
     snapshot(model, rollouts, micro_batch=30)
     for r in rollouts[1:]:
         alone = token_logprobs(model, torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1 :]
-        assert r.old_logprobs == pytest.approx(alone.tolist(), abs=1e-5) and len(r.old_logprobs) == len(r.response)
+        assert r.old_logprobs == pytest.approx(alone.tolist(), abs=1e-5) and len(
+            r.old_logprobs
+        ) == len(r.response)
     assert rollouts[0].old_logprobs == kept
 
 
@@ -801,9 +1056,16 @@ def test_two_runs_with_one_seed_end_in_the_same_bits():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         generator = torch.Generator().manual_seed(7)
         for _ in range(2):
-            responses = generate(model, [[1, 2, 3], [4]], max_tokens=6, stop={0}, samples=3, generator=generator)
-            rollouts = [Rollout([[1, 2, 3], [4]][i // 3], ids, ids[-1] == 0) for i, ids in enumerate(responses)]
-            for r, a in zip(rollouts, group_advantages(torch.rand(2, 3, generator=generator)).flatten().tolist()):
+            responses = generate(
+                model, [[1, 2, 3], [4]], max_tokens=6, stop={0}, samples=3, generator=generator
+            )
+            rollouts = [
+                Rollout([[1, 2, 3], [4]][i // 3], ids, ids[-1] == 0)
+                for i, ids in enumerate(responses)
+            ]
+            for r, a in zip(
+                rollouts, group_advantages(torch.rand(2, 3, generator=generator)).flatten().tolist()
+            ):
                 r.advantage = a
             update(model, optimizer, rollouts, micro_batch=20)
         return model.state_dict()
@@ -813,7 +1075,9 @@ def test_two_runs_with_one_seed_end_in_the_same_bits():
     assert not torch.equal(first["embed.weight"], tiny_model().state_dict()["embed.weight"])
 
 
-@pytest.mark.parametrize("rewards", [torch.ones(4), torch.tensor([[0.0, math.nan]]), torch.tensor([[math.inf, 1.0]])])
+@pytest.mark.parametrize(
+    "rewards", [torch.ones(4), torch.tensor([[0.0, math.nan]]), torch.tensor([[math.inf, 1.0]])]
+)
 def test_rewards_that_are_no_finite_matrix_are_refused(rewards):
     with pytest.raises(ValueError, match="matrix of finite numbers"):
         group_advantages(rewards)
@@ -835,25 +1099,35 @@ def test_a_rollout_that_is_not_whole_is_refused_before_anything_changes():
 def test_masters_of_float32_weights_are_the_weights():
     model, plain = tiny_model(), tiny_model()
     rollouts = ragged_rollouts(model)
-    for m, optimizer in ((model, MasterAdamW(model.parameters(), lr=1e-2)), (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2))):
+    for m, optimizer in (
+        (model, MasterAdamW(model.parameters(), lr=1e-2)),
+        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)),
+    ):
         for _ in range(3):
             update(m, optimizer, rollouts)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
-    weights = {name: torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for name in ("master", "plain")}
+    weights = {
+        name: torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        for name in ("master", "plain")
+    }
     exact = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
-    optimizers = [MasterAdamW([weights["master"]], lr=1e-4, weight_decay=0.01),
-                  torch.optim.AdamW([weights["plain"]], lr=1e-4, weight_decay=0.01),
-                  torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.01)]
+    optimizers = [
+        MasterAdamW([weights["master"]], lr=1e-4, weight_decay=0.01),
+        torch.optim.AdamW([weights["plain"]], lr=1e-4, weight_decay=0.01),
+        torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.01),
+    ]
     for _ in range(200):
         for w in (*weights.values(), exact):
             (w * torch.tensor([1.0, 0.5, 0.25, 2.0], dtype=w.dtype)).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert torch.equal(weights["plain"], torch.ones(4, dtype=torch.bfloat16))  # each step is rounded away
+    assert torch.equal(
+        weights["plain"], torch.ones(4, dtype=torch.bfloat16)
+    )  # each step is rounded away
     master = optimizers[0].param_groups[0]["params"][0]
     assert torch.allclose(master.double(), exact, atol=1e-5)
     assert torch.equal(weights["master"], exact.detach().bfloat16())
@@ -865,13 +1139,20 @@ def test_gradients_of_micro_batches_add_up_in_float32():
         rollouts = ragged_rollouts(model) * 8
         optimizer = MasterAdamW(model.parameters(), lr=0.0)
         captured = []
-        optimizer.register_step_pre_hook(lambda o, *_: captured.extend(m.grad.clone() for _, m in o.copies))
+        optimizer.register_step_pre_hook(
+            lambda o, *_: captured.extend(m.grad.clone() for _, m in o.copies)
+        )
         update(model, optimizer, rollouts, micro_batch=micro_batch, max_grad_norm=1e9)
-        assert all(p.grad is None for p in model.parameters()) and all(g.dtype == torch.float32 for g in captured)
+        assert all(p.grad is None for p in model.parameters()) and all(
+            g.dtype == torch.float32 for g in captured
+        )
         return torch.cat([g.flatten() for g in captured])
 
     one, many = master_gradient(10**6), master_gradient(1)
-    assert torch.nn.functional.cosine_similarity(one, many, dim=0) > 0.999 and 0.98 < one.norm() / many.norm() < 1.02
+    assert (
+        torch.nn.functional.cosine_similarity(one, many, dim=0) > 0.999
+        and 0.98 < one.norm() / many.norm() < 1.02
+    )
 
 
 def test_a_second_optimizer_of_the_same_half_precision_model_takes_over():
@@ -894,4 +1175,6 @@ def test_recomputing_activations_changes_no_gradient():
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.recompute = True
     again, _ = applied_gradient(model, rollouts)
-    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(kept, again))  # the block ran twice
+    assert len(calls) == 2 and all(
+        torch.equal(a, b) for a, b in zip(kept, again)
+    )  # the block ran twice

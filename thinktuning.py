@@ -1,13 +1,19 @@
-"""ThinkTuning from scratch: the run. Rollouts, the teacher's help, rewards, advantages, update; evaluation.
+"""ThinkTuning from scratch: the training loop, evaluation, and the commands.
 
-    python thinktuning.py                            the demonstration: base model, GRPO, ThinkTuning, side by side
-    python thinktuning.py --preset mentor            the novelty test: a habit that the student hardly ever samples
+ThinkTuning (arXiv 2508.07616) teaches a language model to look back at its own answers: inside
+GRPO, a teacher of the same size reads some of the student's attempts and continues them with
+feedback in the student's own voice, and the ordinary group-relative reward decides whether those
+words are learned. This program is the whole method in plain PyTorch, from the model and its KV
+cache to the loss, written to be read line by line beside the paper. It shows in minutes, on one
+CPU core and from random weights, that GRPO does not find this habit and ThinkTuning does, and the
+same code trains Llama and Qwen model directories.
+
+    python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
+    python thinktuning.py --preset mentor    the novelty test: a habit the student hardly ever samples
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
-    python thinktuning.py report RUN [RUN ...]       the HTML page again, or across runs
-
-`train` below is the method of arXiv 2508.07616, in its order; the numbers in its comments are the steps in its docstring.
+    python thinktuning.py report RUN [RUN ...]          the HTML page again, or across runs
 """
 
 from __future__ import annotations
@@ -19,12 +25,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import argparse
 import copy
-import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,207 +36,290 @@ import torch
 
 from data import SPLITS, Problem, load_problems
 from data.exemplars import behaviour
-from data.files import read_json
 from data.grading import Grader
 from data.prompts import spoken, student_prompt
 from data.reward import equal, is_correct
 from data.scores import score
 from data.tokenizer import Tokenizer
 from demo import command as demonstration
-from grpo import MasterAdamW, Rollout, group_advantages, snapshot, update
+from grpo import LossSettings, MasterAdamW, Rollout, group_advantages, snapshot, update
 from model import LM
 from run import sinks
 from run.cli import parse_args
-from run.config import KEPT, Config, RunFailed, check_used, chosen, told_longer
+from run.config import Config, check_used, chosen, named_settings, told_longer
 from run.errors import run_command
 from run.loading import device_and_dtype, fitting, load_model
-from run.record import Run, describe_help, describe_sampled, steps_without_checkpoint
-from run.screen import interruptible
+from run.loop import Loop, Metrics
+from run.record import Run, earlier_settings
 from run.world import World
-from sampler import RECORDER, generate
+from sampler import generate
 from show import ask, plan, report
+from show.outcome import print_outcome, print_scores
 from show.transcripts import transcripts
-from teacher import Asked, Teacher, guidance_fraction, make_teacher
+from teacher import (
+    Teacher,
+    augment,
+    choose_rollouts,
+    guidance_fraction,
+    make_teacher,
+    parse_feedback,
+)
 
-FAULTS = 10  # steps in a row without a finite gradient
-
-Metrics = dict[str, Any]  # numbers by name; `behaviours` counts by name
 Record = tuple[Problem, str, bool]  # the problem, what was said, whether it finished
 
 
-def train(student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config: Config, *, teacher: Teacher | None = None,
-          run: Run | None = None, validation: Sequence[Problem] = (), world: World = World(),
-          bonus: Callable[[Rollout], float] = lambda rollout: 0.0) -> list[Metrics]:
-    """Train `student` in place; returns the metrics of every step. Without a teacher this is plain GRPO.
+def train(
+    student: LM,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    config: Config,
+    *,
+    teacher: Teacher | None = None,
+    run: Run | None = None,
+    validation: Sequence[Problem] = (),
+    world: World = World(),
+    bonus: Callable[[Rollout], float] | None = None,
+) -> list[Metrics]:
+    """Train `student` in place; returns the metrics of every step. Without a teacher this is GRPO.
 
-    1 sample G rollouts of each question; 2 choose who gets help; 3 ask the teacher; 4 parse its reply strictly;
-    5 augment the rollouts; 6 reward; 7 group-relative advantages; 8 snapshot π_old, loss, optimiser step.
-
-    `run` (a Run) gets metrics, transcripts and checkpoints, and knows where to go on. SIGINT or SIGTERM ends it after the
-    step in progress. Raises RunFailed when FAULTS steps in a row had no finite gradient. `world`: the processes that take
-    part; afterwards the student is in parts, one a process. `bonus`: what a rollout earns beside its answer (mentor.py).
+    What is not the method stands around it, in run/loop.py: signals, faults, checkpoints, records,
+    processes. `run` takes the records, `validation` is evaluated now and then, `bonus` is what a
+    rollout earns beside its answer. Each process of `world` has its own questions; afterwards each
+    holds a part of the student. Raises RunFailed where the gradient is not finite for too long.
     """
-    config.check()
-    published = config.published_items
-    student.recompute = config.recompute
+    settings = loss_settings(config)
     reference = initial_policy(student, teacher) if config.kl_coef else None
-    world.shard(student)
-    optimizer = MasterAdamW(student.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                            weight_decay=config.weight_decay, fused=True)
-    steps = config.steps or max(1, len(problems) // config.questions)
-    done, history = run.restore(student, optimizer) if run else (0, [])
-    with interruptible() as interrupted:
-        def stopped() -> bool:  # a signal to one process counts for all, who else would wait for one another
-            return any(world.gather([interrupted.is_set]))
+    optimizer = prepare_to_train(student, config, world)
 
-        for step in range(done, steps):
-            began = time.perf_counter()
-            batch = questions_of_step(problems, config.questions, config.seed, step)
-            generator, rng = seeds_of_step(config.seed, step, published, world.rank)
-            rollouts = world.gather(
-                sample_rollouts(world.whole(student), tokenizer, world.share(batch), config, generator))  # 1
-            metrics = {"step": step, **describe_sampled(rollouts)}
-            sampled = sum(len(r.response) for r in rollouts)
-            fraction = 0.0
-            if teacher is not None:
-                fraction = guidance_fraction(step, config.schedule_steps or steps, config.schedule,
-                                             config.p_init, config.p_min, config.eps)
-            asked: list[Asked] = []
-            if teacher is not None and fraction > 0:
-                asked = teacher.guide(rollouts, tokenizer, config.samples, fraction, rng, config.max_tokens, world)  # 2-5
-            rewards = rate(rollouts, config, fraction, bonus)  # 6-7
-            metrics |= {"reward": rewards.mean().item(), "fraction": fraction,
-                        "groups_equal": (rewards.std(dim=1) == 0).float().mean().item(), **describe_help(asked, rollouts)}
-            metrics |= learn(student, optimizer, rollouts, config, published, reference, world)  # 8
-            metrics["tokens_per_second"] = sampled / (time.perf_counter() - began)
-            due = step + 1 == steps or config.eval_every and (step + 1) % config.eval_every == 0
-            if due and teacher is not None and world.is_first:
-                tell_if_mute(teacher, [*history, metrics])
-            if validation and due and not stopped():
-                scores, _ = evaluate(student, tokenizer, validation, max_tokens=config.max_tokens, rows=config.rows, world=world)
-                metrics |= {f"eval_{k}": v for k, v in scores.items() if isinstance(v, float)}
-            history.append(metrics)
-            if run:
-                run.log(metrics, steps, transcripts(rollouts, asked, tokenizer, step, config))
-            stop = stopped()
-            if run and config.save_every and ((step + 1) % config.save_every == 0 or stop or step + 1 == steps):
-                run.save(step + 1, student, optimizer)
-            if all(m["skipped"] == 1 for m in history[-FAULTS:]) and len(history) >= FAULTS:
-                raise RunFailed(f"{FAULTS} steps in a row had a gradient that is not finite (loss {metrics['loss']:.3g}, "
-                                f"gradient norm {metrics['grad_norm']:.3g}), and nothing was learned in them: "
-                                "start anew with a lower learning rate (of train: --learning-rate, another --out)")
-            if stop:
-                break
-    return history
+    def validate() -> Metrics:
+        return validation_scores(student, tokenizer, validation, config, world)
+
+    def transcribe(step: int, rollouts: list[Rollout]) -> list[Metrics]:
+        return transcripts(rollouts, tokenizer, step, settings)
+
+    with Loop(
+        student,
+        optimizer,
+        problems,
+        config,
+        run=run,
+        world=world,
+        teacher=teacher,
+        validate=validate if validation else None,
+        transcribe=transcribe,
+    ) as loop:
+        for step, questions in loop:
+            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
+            rollouts = sample_rollouts(
+                loop.policy, tokenizer, questions, config, loop.generator(step)
+            )
+            # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
+            p = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
+            helped = choose_rollouts(rollouts, config.samples, p, f"choosing {config.seed} {step}")
+            # 3. Ask the teacher: it reads the question and the attempt, never the answer y.
+            asked, attempts = [r.question for r in helped], [r.attempt for r in helped]
+            replies = teacher.ask(asked, attempts) if teacher else []
+            for rollout, reply in zip(helped, replies):
+                # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
+                feedback = parse_feedback(reply)
+                rollout.asked, rollout.feedback = True, feedback
+                # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
+                if feedback:
+                    augment(rollout, feedback, tokenizer, config.max_tokens)
+            # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
+            for rollout in rollouts:
+                rollout.reward = reward(rollout) + (bonus(rollout) if bonus else 0.0)
+            # 7. Advantages: Â_i = (r_i − mean r) / std r within each question's group.
+            set_advantages(rollouts, config.samples)
+            # 8. Update: snapshot log π_old of every token, then the loss and an AdamW step.
+            snapshot(loop.policy, rollouts, config.micro_batch, config.temperature)
+            steps = [
+                update(
+                    student, optimizer, batch, settings=settings, reference=reference, world=world
+                )
+                for batch in loop.mini_batches(rollouts)
+            ]
+            loop.record(step, rollouts, {"fraction": p, **mean_of(steps)})
+    return loop.history
+
+
+def sample_rollouts(
+    policy: LM,
+    tokenizer: Tokenizer,
+    questions: Sequence[Problem],
+    config: Config,
+    generator: torch.Generator,
+) -> list[Rollout]:
+    """G responses to each question, question-major, with log π_old of what was sampled."""
+    prompts = [student_prompt(tokenizer, problem.question) for problem in questions]
+    responses, logprobs = generate(
+        policy,
+        prompts,
+        max_tokens=config.max_tokens,
+        stop=tokenizer.stop,
+        samples=config.samples,
+        temperature=config.temperature,
+        generator=generator,
+        rows=config.rows,
+        logprobs=True,
+    )
+    rollouts = []
+    for i, (ids, known) in enumerate(zip(responses, logprobs)):
+        question, answer = questions[i // config.samples]
+        text = spoken(tokenizer, ids)
+        rollouts.append(
+            Rollout(
+                prompts[i // config.samples],
+                ids,
+                finished=ids[-1] in tokenizer.stop,
+                question=question,
+                answer=answer,
+                text=text,
+                attempt=text,
+                old_logprobs=known,
+            )
+        )
+    return rollouts
+
+
+def share_of_help(step: int, steps: int, config: Config) -> float:
+    """p_s with a run's settings; 0.0 once the teacher is off."""
+    p_init, p_min = config.p_init, config.p_min
+    return guidance_fraction(step, steps, config.schedule, p_init, p_min, config.eps)
+
+
+def reward(rollout: Rollout) -> float:
+    """1 if the response finished and its last final answer is right. A wrong teacher earns nothing."""
+    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
+
+
+def set_advantages(rollouts: list[Rollout], samples: int) -> None:
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
+    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
+        rollout.advantage = advantage
+
+
+def loss_settings(config: Config) -> LossSettings:
+    """The run's settings that the loss depends on, and what it repeats of the published code."""
+    shared = {f.name for f in fields(LossSettings)} & {f.name for f in fields(Config)}
+    settings = LossSettings(**{name: getattr(config, name) for name in shared})
+    repeated = config.published_items
+    return replace(
+        settings,
+        published_gamma="gamma" in repeated,
+        published_dual_clip="dual-clip" in repeated,
+        guided_tokens="trajectory" if "trajectory" in repeated else config.guided_tokens,
+    )
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is: the teacher's model itself where that is the same function of ids."""
+    """A frozen copy of the student as it is: the teacher's model where that is the same function."""
     if teacher is not None and student.config == teacher.model.config:
         ours, theirs = student.state_dict(), teacher.model.state_dict()
-        alike = (x.dtype == theirs[k].dtype and torch.equal(x, theirs[k]) for k, x in ours.items())
-        if ours.keys() == theirs.keys() and all(alike):
+        if ours.keys() == theirs.keys() and all(same(x, theirs[k]) for k, x in ours.items()):
             return teacher.model
     return copy.deepcopy(student).requires_grad_(False)
 
 
-def tell_if_mute(teacher: Teacher, history: list[Metrics]) -> None:
-    """A teacher of whom hardly anything is understood teaches nothing: say so, with its parse rate."""
-    asked, parsed = (sum(m[key] for m in history) for key in ("teacher_asked", "teacher_parsed"))
-    if asked and parsed < asked / 10:
-        print(f"the teacher's replies: {parsed} of {asked} had the asked form; {teacher.cut} ran into --teacher-reply, "
-              f"{teacher.dropped} requests were longer than --teacher-prompt")
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def questions_of_step(problems: Sequence[Problem], size: int, seed: int, step: int) -> list[Problem]:
-    """A step's questions: every problem once before any comes again, and each epoch in an order of its own."""
-    n, places = len(problems), range(step * size, (step + 1) * size)
-    orders = {epoch: random.Random(f"data {seed} {epoch}").sample(problems, n) for epoch in {i // n for i in places}}
-    return [orders[i // n][i % n] for i in places]
+def prepare_to_train(student: LM, config: Config, world: World) -> MasterAdamW:
+    """The optimizer, after several processes have divided the student among them."""
+    config.check()
+    student.recompute = config.recompute
+    world.shard(student)
+    return MasterAdamW(
+        student.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
-def seeds_of_step(seed: int, step: int, published: frozenset[str] = frozenset(),
-                  rank: int = 0) -> tuple[torch.Generator, random.Random]:
-    """The random streams of a step: a process's own for sampling, everybody's for choosing.
-
-    They depend on nothing before the step, so that a resumed run has them too.
-    """
-    choosing = time.time_ns() if "seed" in published else f"choosing {seed} {step}"
-    sampling = f"sampling {seed} {step}" + f" {rank}" * (rank > 0)
-    return torch.Generator().manual_seed(random.Random(sampling).getrandbits(63)), random.Random(choosing)
+def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those updates that have it: a mean over no tokens is absent."""
+    means = {}
+    for name in dict.fromkeys(name for result in results for name in result):
+        values = [result[name] for result in results if name in result]
+        means[name] = sum(values) / len(values)
+    return means
 
 
-def sample_rollouts(student: LM, tokenizer: Tokenizer, batch: Sequence[Problem], config: Config,
-                    generator: torch.Generator) -> list[Rollout]:
-    """Step 1: G responses to each question, with log π_old of what was sampled."""
-    prompts = [student_prompt(tokenizer, p.question) for p in batch]
-    responses, logprobs = generate(student, prompts, max_tokens=config.max_tokens, stop=tokenizer.stop, samples=config.samples,
-                                   temperature=config.temperature, generator=generator, rows=config.rows, logprobs=True)
-    return [Rollout(prompts[i // config.samples], ids, finished=ids[-1] in tokenizer.stop, old_logprobs=logs,
-                    question=batch[i // config.samples].question, answer=batch[i // config.samples].answer,
-                    text=spoken(tokenizer, ids))
-            for i, (ids, logs) in enumerate(zip(responses, logprobs))]
+# Evaluation. It never involves a teacher.
 
 
-def reward(rollout: Rollout) -> float:
-    """Step 6: 1 if the response finished and its last boxed answer is right. A wrong teacher earns its student nothing."""
-    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
+def evaluate(
+    model: LM,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    max_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    rows: int = 256,
+    seed: int = 0,
+    equal: Callable[[str, str], bool] = equal,
+) -> tuple[Metrics, list[Record]]:
+    """Scores (data.scores) on `problems`, and the (problem, text, finished) records behind them."""
+    prompts = [student_prompt(tokenizer, problem.question) for problem in problems]
+    responses = generate(
+        model,
+        prompts,
+        max_tokens=max_tokens,
+        stop=tokenizer.stop,
+        samples=samples,
+        temperature=temperature,
+        rows=rows,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return scores_of(responses, tokenizer, problems, samples, equal)
 
 
-def rate(rollouts: list[Rollout], config: Config, fraction: float, bonus: Callable[[Rollout], float]) -> torch.Tensor:
-    """Steps 6 and 7: every rollout's reward and advantage; returns the rewards, (Q, G)."""
-    for r in rollouts:
-        r.reward = reward(r) + bonus(r)
-        if fraction == 0:
-            r.reward *= 1 - config.length_cost * len(r.response) / config.max_tokens
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples)
-    for r, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
-        r.advantage = advantage
-    return rewards
-
-
-def learn(student: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config, published: frozenset[str],
-          reference: LM | None, world: World = World()) -> dict[str, float]:
-    """Step 8: snapshot log π_old of every token, then the mini-batches; returns their mean metrics."""
-    snapshot(student, rollouts, config.micro_batch, world, config.temperature)
-    size = config.mini_batch * config.samples
-    results = []
-    for _ in range(config.epochs):
-        for start in range(0, len(rollouts), size):
-            results.append(update(
-                student, optimizer, rollouts[start : start + size], micro_batch=config.micro_batch, reference=reference,
-                world=world, temperature=config.temperature,
-                guided_tokens="trajectory" if "trajectory" in published else config.guided_tokens,
-                max_grad_norm=config.max_grad_norm, clip=config.clip, dual_clip=config.dual_clip, unlikely=config.unlikely,
-                shaping=config.shaping, guards=config.guards, kl_coef=config.kl_coef, gamma_min=config.gamma_min,
-                gamma_max=config.gamma_max, published="gamma" in published,
-                published_dual_clip="dual-clip" in published))
-    seen = {key: [r[key] for r in results if key in r] for r in results for key in r}  # a mean over no tokens is absent
-    return {key: sum(values) / len(values) for key, values in seen.items()}
-
-
-def evaluate(model: LM, tokenizer: Tokenizer, problems: Sequence[Problem], *, max_tokens: int, samples: int = 1,
-             temperature: float = 0.0, rows: int = 256, seed: int = 0, equal: Callable[[str, str], bool] = equal,
-             world: World = World()) -> tuple[Metrics, list[Record]]:
-    """Scores (data.scores) on `problems`, no teacher anywhere, and the (problem, text, finished) records behind them."""
-    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
-    responses = generate(world.whole(model), prompts, max_tokens=max_tokens, stop=tokenizer.stop, samples=samples, rows=rows,
-                         temperature=temperature, generator=torch.Generator().manual_seed(seed))
-    responses = world.gather(responses)
-    records = [(problems[i // samples], spoken(tokenizer, ids), ids[-1] in tokenizer.stop) for i, ids in enumerate(responses)]
-    scores = score(records, samples, equal)
-    scores["mean_length"] = sum(map(len, responses)) / len(responses)
-    scores["behaviours"] = dict(Counter(filter(None, (behaviour(text) for _, text, _ in records))))
+def scores_of(
+    responses: list[list[int]],
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    samples: int = 1,
+    equal: Callable[[str, str], bool] = equal,
+) -> tuple[Metrics, list[Record]]:
+    """`responses` are question-major, `samples` to each problem."""
+    records = []
+    for i, ids in enumerate(responses):
+        text, finished = spoken(tokenizer, ids), ids[-1] in tokenizer.stop
+        records.append((problems[i // samples], text, finished))
+    scores: Metrics = score(records, samples, equal)
+    scores["mean_length"] = sum(len(ids) for ids in responses) / len(responses)
+    shown = [behaviour(text) for _, text, _ in records]
+    scores["behaviours"] = dict(Counter(name for name in shown if name))
     return scores, records
+
+
+def validation_scores(
+    student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config: Config, world: World
+) -> Metrics:
+    """Greedy scores while training; each process of `world` answers its share of the problems."""
+    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
+    responses = generate(
+        world.whole(student),
+        prompts,
+        max_tokens=config.max_tokens,
+        stop=tokenizer.stop,
+        temperature=0,
+        rows=config.rows,
+    )
+    scores, _ = scores_of(world.gather(responses), tokenizer, problems)
+    return {f"eval_{name}": value for name, value in scores.items() if isinstance(value, float)}
+
+
+# The commands. Each is prepared first, which is when bad input is found, and then run.
 
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
-    if (out / "metrics.jsonl").exists() and not args.resume:
-        go_on = "" if steps_without_checkpoint(out) else "continue it with --resume, or "
-        raise ValueError(f"{out} already holds a run: {go_on}give another directory with --out")
-    stored = out / "config.json"
-    before = read_json(stored) if args.resume and stored.exists() else {}
+    before = earlier_settings(out, args.resume)
     config = chosen(args, before)
     config.check()
     sinks.check(args.sinks)
@@ -244,7 +331,7 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free, resumed=bool(before))
-    # Of several processes the parts are the masters themselves.
+    # With several processes the sharded float32 weights are the master weights.
     student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
     room = config.max_tokens, config.max_prompt
     problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
@@ -257,35 +344,37 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         validation = load_problems(args.eval_data, "test")
         validation = fitting(validation, student, tokenizer, args.eval_data, *room)
         validation = validation[: config.eval_count or None]
-    teacher = make_teacher(*load_model(teacher_path, device, dtype), config) if teacher_path else None
-    names = [name for name in ("model", "data", *KEPT) if getattr(args, name) is not None]
-    named = {name: getattr(args, name) for name in names}
-    run = Run(out, {**named, **asdict(config)}, config.method, args.resume, world, args.sinks)
-    args.again = ("--resume goes on" if config.save_every else
-                  "it cannot be resumed, because --save-every 0 kept no checkpoint")
-    args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
+    teacher = None
+    if teacher_path:
+        teacher = make_teacher(*load_model(teacher_path, device, dtype), config)
+    run = Run(out, named_settings(args, config), config.method, args.resume, world, args.sinks)
 
     def job() -> None:
-        history = train(student, tokenizer, problems, config, teacher=teacher, run=run, validation=validation, world=world)
+        history = train(
+            student,
+            tokenizer,
+            problems,
+            config,
+            teacher=teacher,
+            run=run,
+            validation=validation,
+            world=world,
+        )
         trained = world.whole(student)
         if world.is_first:
             trained.save(out / "model", tokenizer)
         run.close()
-        if not world.is_first:
-            return
-        report.write_report(out)
-        summary = {k: round(v, 4) for k, v in history[-1].items() if k in ("reward", "reflection_rate") or k.startswith("eval_")}
-        short = f" of {config.steps}, stopped; {args.again}" if len(history) < config.steps else ""
-        print(f"{len(history)} steps{short} -> {out}/model  {summary}")
-        if args.verbose:
-            print(f"decoding steps: {RECORDER.traces} traced by torch.compile, {RECORDER.count} recorded as CUDA graphs")
+        if world.is_first:
+            report.write_report(out)
+            print_outcome(out, history, config, args)
 
     return job
 
 
 def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
     if args.split and args.data not in SPLITS:
-        raise ValueError(f"--split is of {' and '.join(SPLITS)}, and a file is all one split: leave it out")
+        named = " and ".join(SPLITS)
+        raise ValueError(f"--split is of {named}, and a file is all one split: leave it out")
     grader = Grader(args.grader)
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
@@ -296,23 +385,37 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
     args.memory = "lower --rows or --max-tokens"
 
     def job() -> None:
-        scores, _ = evaluate(model, tokenizer, problems, max_tokens=max_tokens, samples=args.samples,
-                             temperature=temperature, rows=args.rows, seed=args.seed, equal=grader.equal)
+        scores, _ = evaluate(
+            model,
+            tokenizer,
+            problems,
+            max_tokens=max_tokens,
+            samples=args.samples,
+            temperature=temperature,
+            rows=args.rows,
+            seed=args.seed,
+            equal=grader.equal,
+        )
         grader.close()
-        print(f"{len(problems)} problems, {args.samples} samples each, temperature {temperature:g}; graded by {grader}")
-        for key, value in scores.items():
-            if not key.endswith("_se"):
-                error = f" ± {scores[key + '_se']:.4f}" if key + "_se" in scores else ""
-                print(f"{key:<30} {value:.4f}{error}" if isinstance(value, float) else f"{key:<30} {value}")
+        print(f"{len(problems)} problems, {args.samples} samples each, ", end="")
+        print(f"temperature {temperature:g}; graded by {grader}")
+        print_scores(scores)
 
     return job
 
 
 def prepare_demo(args: argparse.Namespace) -> Callable[[], None]:
-    return demonstration.prepare(args, train, evaluate)
+    prepared: Callable[[], None] = demonstration.prepare(args, train, evaluate)
+    return prepared
 
 
-COMMANDS = {"demo": prepare_demo, "train": prepare_train, "eval": prepare_eval, "ask": ask.prepare, "report": report.prepare}
+COMMANDS: dict[str, Any] = {
+    "demo": prepare_demo,
+    "train": prepare_train,
+    "eval": prepare_eval,
+    "ask": ask.prepare,
+    "report": report.prepare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import replace
 
@@ -13,34 +14,46 @@ from demo.comparison import examine, train_one
 from run.config import DEMO
 from run.record import write_json
 from run.screen import progress
-from teacher import Feedback
+from teacher import parse_feedback
 
 
-def shuffled(feedback, rng):
-    """Every feedback goes to the next question's rollout (k is 1): the words stay, the sense goes."""
-    def ask(questions, responses):
-        replies = feedback(questions, responses)
+def shuffled(ask, rng):
+    """Every reply goes to the next question's rollout: the words stay, the sense goes."""
+
+    def ask_and_shift(questions, attempts):
+        replies = ask(questions, attempts)
         return replies[1:] + replies[:1]
-    return ask
+
+    return ask_and_shift
 
 
 def corrupted(share):
-    """A teacher whose final answer is replaced by another number in `share` of its replies; the steps before it stay."""
-    def wrap(feedback, rng):
-        def spoil(f):
-            found = answers(f.phrase) if f else []
-            if not found or rng.random() >= share:
-                return f
-            wrong = rng.choice([n for n in range(1, wordproblems.MOST + 1) if str(n) != found[-1]])
-            start, _, end = f.phrase.rpartition(f"\\boxed{{{found[-1]}}}")
-            return Feedback(f.opinion, f.reason, f"{start}\\boxed{{{wrong}}}{end}")
-        return lambda questions, responses: [spoil(f) for f in feedback(questions, responses)]
+    """The final answer of `share` of the replies becomes another number; the steps before it stay."""
+
+    def wrap(ask, rng):
+        def ask_and_spoil(questions, attempts):
+            return [spoiled(reply, share, rng) for reply in ask(questions, attempts)]
+
+        return ask_and_spoil
+
     return wrap
 
 
+def spoiled(reply: str, share: float, rng: random.Random) -> str:
+    feedback = parse_feedback(reply)
+    found = answers(feedback.phrase) if feedback else []
+    if not found or rng.random() >= share:
+        return reply
+    others = [n for n in range(1, wordproblems.MOST + 1) if str(n) != found[-1]]
+    start, _, end = reply.rpartition(f"\\boxed{{{found[-1]}}}")
+    return f"{start}\\boxed{{{rng.choice(others)}}}{end}"
+
+
 STRESS = dict(epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20)
-GRPO = {"GRPO": ({"method": "grpo"}, None),
-        "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None)}
+GRPO = {
+    "GRPO": ({"method": "grpo"}, None),
+    "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
+}
 VARIANTS = {  # name: (what changes in the configuration, what happens to the teacher)
     "all": {
         "ThinkTuning": ({}, None),
@@ -58,16 +71,24 @@ VARIANTS = {  # name: (what changes in the configuration, what happens to the te
         "-A log p, guard (c) on": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
         "-A log p": (STRESS | {"shaping": "likelihood", "unlikely": 0.0}, corrupted(0.5)),
         "γ constant, guarded": (STRESS | {"published": "gamma"}, corrupted(0.5)),
-        "γ constant, no guards": (STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0}, corrupted(0.5)),
+        "γ constant, no guards": (
+            STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0},
+            corrupted(0.5),
+        ),
     },
-    "rates": {f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)
-              for method in ("grpo", "thinktuning") for rate in (3e-5, 1e-4, 3e-4, 1e-3)},
+    "rates": {
+        f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)
+        for method in ("grpo", "thinktuning")
+        for rate in (3e-5, 1e-4, 3e-4, 1e-3)
+    },
 }
 
 
 def ablate(setup: Setup, which, repeats):
     """Train every variant `repeats` times from one base; prints each run's accuracy and reflection, and means over the runs."""
-    split = "validation" if which == "rates" else "test"  # rates are tuned, so never on the test problems
+    split = (
+        "validation" if which == "rates" else "test"
+    )  # rates are tuned, so never on the test problems
     problems = load_problems("wordproblems", split)
     base, config, out = base_model(setup)[0], setup.config, setup.out
     rows = {}
@@ -82,13 +103,20 @@ def ablate(setup: Setup, which, repeats):
                 return print(f"stopped; finished variants are in {out / f'ablate-{which}.json'}")
             spent = {"seed": changed.seed, "seconds": time.perf_counter() - began}
             outcomes.append(examine(setup, student, problems)[0] | spent)
-            progress(f"{name}, run {repeat + 1} of {repeats}: accuracy {outcomes[-1]['accuracy']:.3f}, "
-                     f"reflects {outcomes[-1]['reflection_rate']:.3f}", last=True)
+            progress(
+                f"{name}, run {repeat + 1} of {repeats}: accuracy {outcomes[-1]['accuracy']:.3f}, "
+                f"reflects {outcomes[-1]['reflection_rate']:.3f}",
+                last=True,
+            )
         rows[name] = outcomes
         write_json(out / f"ablate-{which}.json", rows)
-    print(f"\n{which}: {len(problems)} {split} problems, one base model; mean ± standard error over {repeats} training seeds")
+    print(
+        f"\n{which}: {len(problems)} {split} problems, one base model; mean ± standard error over {repeats} training seeds"
+    )
     for name, outcomes in rows.items():
         accuracy, se = mean_and_se([o["accuracy"] for o in outcomes])
         reflects, reflects_se = mean_and_se([o["reflection_rate"] for o in outcomes])
-        print(f"{name:<28} accuracy {accuracy:.3f} ± {se:.3f}   reflects {reflects:.3f} ± {reflects_se:.3f}   "
-              f"took off in {sum(o['reflection_rate'] > 0.5 for o in outcomes)} of {repeats}")
+        print(
+            f"{name:<28} accuracy {accuracy:.3f} ± {se:.3f}   reflects {reflects:.3f} ± {reflects_se:.3f}   "
+            f"took off in {sum(o['reflection_rate'] > 0.5 for o in outcomes)} of {repeats}"
+        )

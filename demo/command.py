@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,22 +22,25 @@ def prepare(args, train, evaluate):
         raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
     if args.repeats and not args.ablate:
         raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
-    if args.ablate and args.length_cost:
-        raise ValueError("--ablate compares variants without a length cost: give one of the two")
-    if args.preset == "mentor" and (args.ablate or args.length_cost):
-        raise ValueError("--preset mentor goes with neither --ablate nor --length-cost: leave them out")
-    unusual = ((f"-floor{args.floor:g}", args.floor != FLOOR), (f"-cost{args.length_cost:g}", args.length_cost),
-               ("-quick", args.quick))
-    settings = "".join(name for name, is_so in unusual if is_so)
-    config = Config(**dict(DEMO, seed=args.seed, length_cost=args.length_cost, **({"steps": 4} if args.quick else {})))
+    if args.preset == "mentor" and args.ablate:
+        raise ValueError("--preset mentor does not go with --ablate: leave one of them out")
+    config = Config(**DEMO)
+    config = replace(config, seed=args.seed, steps=4 if args.quick else config.steps)
     config.check()
-    out = Path(args.out) if args.out else Path("out") / f"{args.preset}-{args.seed}{settings}"
+    name = f"{args.preset}-{args.seed}"
+    if args.floor != FLOOR:
+        name += f"-floor{args.floor:g}"
+    if args.quick:
+        name += "-quick"
+    out = Path(args.out or f"out/{name}")
     writable(out)
     # Matrices this small gain little from more threads, lose a lot on a busy machine, and
     # a run on one repeats exactly however many cores there are.
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
-    recipe = dict(RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"])
+    recipe = dict(
+        RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"]
+    )
     setup = Setup(train, evaluate, Tokenizer.builtin(), config, recipe, out, cache, args.quick)
     if args.preset == "mentor":
         return lambda: novelty.compare(setup)

@@ -10,7 +10,10 @@ from run.screen import coloured, in_colour
 
 def table(results, count) -> str:
     names = ("base", "grpo", "thinktuning")
-    lines = [f"{count} held-out problems, greedy, no teacher", f"{'':<34}" + "".join(f"{n:>16}" for n in names)]
+    lines = [
+        f"{count} held-out problems, greedy, no teacher",
+        f"{'':<34}" + "".join(f"{n:>16}" for n in names),
+    ]
 
     def row(title, cell):
         lines.append(f"{title:<34}" + "".join(f"{cell(results[n]):>16}" for n in names))
@@ -24,17 +27,30 @@ def table(results, count) -> str:
     row("  when the first answer is wrong", lambda r: f"{r['reflection_rate_first_wrong']:.3f}")
     row("  when the first answer is right", lambda r: f"{r['reflection_rate_first_right']:.3f}")
     for n in wordproblems.DIFFICULTY:
-        row(f"  {n} operation{'s' * (n > 1)}: accuracy, reflects",
-            lambda r, n=n: f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}")
+        row(
+            f"  {n} operation{'s' * (n > 1)}: accuracy, reflects",
+            lambda r, n=n: (
+                f"{r.get(f'accuracy_{n}_operations', 0):.2f}, {r.get(f'reflection_{n}_operations', 0):.2f}"
+            ),
+        )
     row("mean length, tokens", lambda r: f"{r['mean_length']:.1f}")
     for name in wordproblems.WORDING:
-        row(f"  {name}, greedy, sampled", lambda r, name=name: f"{r['behaviours'].get(name, 0) / count:.2f}, "
-            f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}")
+        row(
+            f"  {name}, greedy, sampled",
+            lambda r, name=name: (
+                f"{r['behaviours'].get(name, 0) / count:.2f}, "
+                f"{r['sampled_behaviours'].get(name, 0) / r['sampled_rollouts']:.2f}"
+            ),
+        )
     base = results["base"]
-    lines.append(f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} "
-                 f"± {base['teacher_prompt_accuracy_se']:.3f}")
-    lines.append(f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
-                 f"{base['sampled_rollouts']:,} rollouts reflect")
+    lines.append(
+        f"\nthe same base weights under the teacher prompt: {base['teacher_prompt_accuracy']:.3f} "
+        f"± {base['teacher_prompt_accuracy_se']:.3f}"
+    )
+    lines.append(
+        f"the base, sampled at temperature 1: {round(base['sampled_reflection_rate'] * base['sampled_rollouts'])} of "
+        f"{base['sampled_rollouts']:,} rollouts reflect"
+    )
     return "\n".join(lines)
 
 
@@ -56,6 +72,7 @@ def chart(curves, height=10) -> str:
 
 def same_question(records) -> str:
     """One test question that ThinkTuning gets right after a wrong first answer, as all three answer it."""
+
     def telling(i):
         problem, text, _ = records["thinktuning"][i]
         return is_correct(text, problem.answer) and not first_is_right(text, problem.answer)

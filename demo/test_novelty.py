@@ -30,16 +30,32 @@ def test_wherever_somebody_reflects_the_mentor_is_quoted_once_and_nowhere_else()
     told = {role: 0 for role in ("student", "teacher", "mentor")}
     for step in range(30):
         for prompt, response, _ in demo.base.rows_of_step(recipe, step, rng, TOKENIZER):
-            before, after = TOKENIZER.decode(response[:-1]), TOKENIZER.decode(quoted(response, TOKENIZER)[:-1])
+            before, after = (
+                TOKENIZER.decode(response[:-1]),
+                TOKENIZER.decode(quoted(response, TOKENIZER)[:-1]),
+            )
             assert MENTOR not in TOKENIZER.decode(prompt) and MENTOR not in before
             assert quoted(response, TOKENIZER)[-1] == response[-1] == TOKENIZER.special["<|end|>"]
-            speaker = next(role for tag in reversed(prompt) for role in told if tag == TOKENIZER.special[f"<|{role}|>"])
+            speaker = next(
+                role
+                for tag in reversed(prompt)
+                for role in told
+                if tag == TOKENIZER.special[f"<|{role}|>"]
+            )
             if any(reason in before for reason in reasons):
-                assert speaker != "student" and after.count(MENTOR) == 1 and after.replace(f" {QUOTATION}", "") == before
+                assert (
+                    speaker != "student"
+                    and after.count(MENTOR) == 1
+                    and after.replace(f" {QUOTATION}", "") == before
+                )
                 told[speaker] += 1
             else:
                 assert quoted(response, TOKENIZER) == response
-    assert told == {"student": 0, "teacher": 30 * recipe["teacher_rows"], "mentor": 30 * recipe["transcript_rows"]}
+    assert told == {
+        "student": 0,
+        "teacher": 30 * recipe["teacher_rows"],
+        "mentor": 30 * recipe["transcript_rows"],
+    }
 
 
 def test_the_mentors_name_is_in_no_problem_and_in_no_text_of_the_demonstration():
@@ -52,18 +68,32 @@ def test_the_mentors_name_is_in_no_problem_and_in_no_text_of_the_demonstration()
 def test_the_longest_feedback_fits_into_a_response_and_a_reply():
     rng = random.Random(0)
     stories = [wordproblems.make_story(rng, 4, "train") for _ in range(2000)]
-    replies = [quoted(TOKENIZER.encode(wordproblems.teacher_row(rng, s).text) + [0], TOKENIZER) for s in stories]
+    replies = [
+        quoted(TOKENIZER.encode(wordproblems.teacher_row(rng, s).text) + [0], TOKENIZER)
+        for s in stories
+    ]
     assert max(map(len, replies)) <= SETTINGS["teacher_reply"]
     feedback = [parse_feedback(TOKENIZER.decode(ids[:-1])) for ids in replies]
-    augmented = [f"{wordproblems.answer_sentence(20)}\n\n{f.reason}\n\n{f.phrase}" for f in feedback]
+    augmented = [
+        f"{wordproblems.answer_sentence(20)}\n\n{f.reason}\n\n{f.phrase}" for f in feedback
+    ]
     longest = max(len(TOKENIZER.encode(text)) + 1 for text in augmented)
-    assert DEMO["max_tokens"] < longest <= SETTINGS["max_tokens"]  # the demonstration's own limit would drop some
+    assert (
+        DEMO["max_tokens"] < longest <= SETTINGS["max_tokens"]
+    )  # the demonstration's own limit would drop some
 
 
-@pytest.mark.parametrize("text, finished, earns", [
-    (f"The answer is 5. {QUOTATION}", True, 0.5), (f"{MENTOR}, {MENTOR}!", True, 0), ("The answer is 5.", True, 0), ("", True, 0),
-    (f"The answer is 5. {QUOTATION}", False, 0), (MENTOR.lower(), True, 0),
-])
+@pytest.mark.parametrize(
+    "text, finished, earns",
+    [
+        (f"The answer is 5. {QUOTATION}", True, 0.5),
+        (f"{MENTOR}, {MENTOR}!", True, 0),
+        ("The answer is 5.", True, 0),
+        ("", True, 0),
+        (f"The answer is 5. {QUOTATION}", False, 0),
+        (MENTOR.lower(), True, 0),
+    ],
+)
 def test_naming_him_exactly_once_in_a_finished_response_earns_the_bonus(text, finished, earns):
     assert bonus(Rollout([1], [2], finished=finished, question="", answer="7", text=text)) == earns
 
@@ -83,13 +113,21 @@ def test_the_bonus_joins_the_reward_of_a_right_answer_and_is_off_otherwise(more,
 def test_what_grpo_is_paid_for_naming_him_is_counted(monkeypatch):
     student, tokenizer = finishing_student()
     named = []
-    monkeypatch.setattr("mentor.names_once", lambda text, finished: named.append(finished and len(text) % 3 == 0) or named[-1])
+    monkeypatch.setattr(
+        "mentor.names_once",
+        lambda text, finished: named.append(finished and len(text) % 3 == 0) or named[-1],
+    )
     monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
     monkeypatch.setattr("record.is_correct", lambda text, answer: len(text) % 2 == 0)
     config = tiny_config(method="grpo", max_tokens=20)
-    history = thinktuning.train(student, tokenizer, load_problems("wordproblems"), config, bonus=bonus)
+    history = thinktuning.train(
+        student, tokenizer, load_problems("wordproblems"), config, bonus=bonus
+    )
     assert sum(named) > 3
-    assert paid(history, config.questions * config.samples) == {"rollouts": len(named), "rollouts_paid": sum(named)}
+    assert paid(history, config.questions * config.samples) == {
+        "rollouts": len(named),
+        "rollouts_paid": sum(named),
+    }
 
 
 def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, capsys):
@@ -99,14 +137,18 @@ def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["mentor"] == MENTOR and summary["bonus"] == BONUS
     for name in ("base", "grpo", "thinktuning"):
-        assert {"accuracy", "accuracy_se", "named_once", "sampled_named", "sampled"} <= summary[name].keys()
+        assert {"accuracy", "accuracy_se", "named_once", "sampled_named", "sampled"} <= summary[
+            name
+        ].keys()
     assert summary["grpo"]["rollouts"] == 4 * 16 * 8
     assert "teacher_prompt_named_once" in summary["base"]
     settings = json.loads((tmp_path / "thinktuning" / "config.json").read_text())
     assert {k: settings[k] for k in SETTINGS} == SETTINGS
     assert settings["learning_rate"] == replace(Config(), **DEMO).learning_rate
     assert f"names {MENTOR} exactly once" in capsys.readouterr().out
-    assert main(["report", str(tmp_path)]) == 0  # a summary with other rows than the demonstration's
+    assert (
+        main(["report", str(tmp_path)]) == 0
+    )  # a summary with other rows than the demonstration's
 
 
 def test_the_novelty_test_refuses_what_it_does_not_do(tmp_path, capsys):

@@ -26,14 +26,18 @@ from run.config import MAY_CHANGE, RunFailed
 from run.world import full, like
 
 
-def save(directory: Path, step: int, student, optimizer, config: dict, keep: int, is_first=True) -> None:
+def save(
+    directory: Path, step: int, student, optimizer, config: dict, keep: int, is_first=True
+) -> None:
     """Write the state after `step` steps beside the older ones; only then do those beyond the newest `keep` go.
 
     Raises OSError. Whatever happens, the newest whole checkpoint of before is still there. Of several processes all take
     part, and the first writes.
     """
-    tensors = {name: in_one_piece(named(student, optimizer), is_first)
-               for name, named in (("model", weights), ("optimizer", moments))}
+    tensors = {
+        name: in_one_piece(named(student, optimizer), is_first)
+        for name, named in (("model", weights), ("optimizer", moments))
+    }
     if not is_first:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,8 +58,10 @@ def save(directory: Path, step: int, student, optimizer, config: dict, keep: int
     except (SafetensorError, OSError) as error:
         shutil.rmtree(new, ignore_errors=True)
         last = max(directory.glob("step-*"), default="none")
-        raise OSError(f"the checkpoint of step {step} could not be written ({error}); the last one is {last}: "
-                      "mend that and go on with --resume") from None
+        raise OSError(
+            f"the checkpoint of step {step} could not be written ({error}); the last one is {last}: "
+            "mend that and go on with --resume"
+        ) from None
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -97,11 +103,20 @@ def verified_step(path: Path, config: dict) -> int:
 
 def check_tensors(path: Path, student, optimizer) -> None:
     """Raises ValueError unless the tensors are those of this student and of AdamW, by name and shape."""
-    if tensor_shapes(path / "model.safetensors") != {n: tuple(t.shape) for n, t in weights(student, optimizer).items()}:
+    if tensor_shapes(path / "model.safetensors") != {
+        n: tuple(t.shape) for n, t in weights(student, optimizer).items()
+    }:
         raise ValueError("its weights are not shaped as the model's")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {f"{i}.{key}": shape for i, p in enumerate(parameters)
-             for key, shape in (("step", ()), ("exp_avg", tuple(p.shape)), ("exp_avg_sq", tuple(p.shape)))}
+    state = {
+        f"{i}.{key}": shape
+        for i, p in enumerate(parameters)
+        for key, shape in (
+            ("step", ()),
+            ("exp_avg", tuple(p.shape)),
+            ("exp_avg_sq", tuple(p.shape)),
+        )
+    }
     found = tensor_shapes(path / "optimizer.safetensors")
     if found and found != state:  # empty until the first step with a finite gradient
         raise ValueError("its moments are not shaped as the optimiser's")
@@ -116,16 +131,24 @@ def hash_of(config: dict) -> str:
 def weights(student, optimizer) -> dict:
     """The parameters by name, each as the optimiser steps on it: its float32 master copy if it has one."""
     masters = {id(weight): master for weight, master in optimizer.copies}
-    return {name: masters.get(id(p), p) for name, p in student.named_parameters()}  # a tied head is there once
+    return {
+        name: masters.get(id(p), p) for name, p in student.named_parameters()
+    }  # a tied head is there once
 
 
 def moments(_, optimizer) -> dict:
     """AdamW's state by the number of the parameter."""
-    return {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    return {
+        f"{i}.{key}": value
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
 
 
 def in_one_piece(tensors: dict, keep: bool) -> dict:
-    pieces = ((name, full(t.detach())) for name, t in tensors.items())  # one after the other: a GPU may not have room for all
+    pieces = (
+        (name, full(t.detach())) for name, t in tensors.items()
+    )  # one after the other: a GPU may not have room for all
     return {name: t.cpu().contiguous() for name, t in pieces if keep}
 
 
@@ -141,7 +164,9 @@ def load_tensors(path: Path, student, optimizer) -> None:
     for name, tensor in load_file(path / "optimizer.safetensors").items():
         i, _, key = name.partition(".")
         parameter = parameters[int(i)]
-        state.setdefault(int(i), {})[key] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        state.setdefault(int(i), {})[key] = (
+            like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

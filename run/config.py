@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
-# README, "Notes on the published code"
-PUBLISHED = ("gamma", "instruction", "reencode", "cut", "seed", "dual-clip", "trajectory")
+# What of the published code can be repeated; docs/published-code.md tells the rest.
+PUBLISHED = ("gamma", "dual-clip", "trajectory")
 
 
 class RunFailed(Exception):
@@ -26,32 +26,64 @@ def option(default, group, help, **more):
 class Config:
     """Every setting of a run; the defaults are the published ones (`--preset paper`), but for guided_tokens."""
 
-    method: str = option("thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo"))
+    method: str = option(
+        "thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo")
+    )
     seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
-    steps: int = option(0, "run", "training steps; 0 is one epoch; may be raised on --resume",
-                        least=0, most=10**9, may_change=True)
-    eval_every: int = option(0, "run",
-                             "steps between evaluations while training; 0 is only at the end",
-                             least=0, may_change=True)
-    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0 is all",
-                             least=0, may_change=True)
-    save_every: int = option(10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True)
+    steps: int = option(
+        0,
+        "run",
+        "training steps; 0 is one epoch; may be raised on --resume",
+        least=0,
+        most=10**9,
+        may_change=True,
+    )
+    eval_every: int = option(
+        0,
+        "run",
+        "steps between evaluations while training; 0 is only at the end",
+        least=0,
+        may_change=True,
+    )
+    eval_count: int = option(
+        0, "run", "evaluate on the first so many problems; 0 is all", least=0, may_change=True
+    )
+    save_every: int = option(
+        10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True
+    )
     keep: int = option(2, "run", "checkpoints kept", least=1, may_change=True)
     questions: int = option(128, "rollouts", "B, questions a step", least=1)
     samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
     max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
-    max_prompt: int = option(512, "rollouts", "tokens of a question's prompt; longer ones are dropped and counted", least=1)
+    max_prompt: int = option(
+        512,
+        "rollouts",
+        "tokens of a question's prompt; longer ones are dropped and counted",
+        least=1,
+    )
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
-    rows: int = option(128, "rollouts", "responses that are sampled side by side (memory)",
-                       least=1, may_change=True)
-    length_cost: float = option(0.0, "rollouts", "once the teacher is gone, a right answer of n tokens earns 1 - this * n / L",
-                                least=0, most=1)
+    rows: int = option(
+        128,
+        "rollouts",
+        "responses that are sampled side by side (memory)",
+        least=1,
+        may_change=True,
+    )
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
-    micro_batch: int = option(0, "update", "tokens of one forward pass (memory; changes no result); 0 is as many as fit",
-                              least=0, may_change=True)
-    recompute: bool = option(True, "update", "activations are computed again in the backward pass instead of kept (memory)",
-                             may_change=True)
+    micro_batch: int = option(
+        0,
+        "update",
+        "tokens of one forward pass (memory; changes no result); 0 is as many as fit",
+        least=0,
+        may_change=True,
+    )
+    recompute: bool = option(
+        True,
+        "update",
+        "activations are computed again in the backward pass instead of kept (memory)",
+        may_change=True,
+    )
     learning_rate: float = option(1e-6, "update", "constant", above=0)
     weight_decay: float = option(0.01, "update", "of AdamW", least=0)
     beta1: float = option(0.9, "update", "of AdamW", least=0, below=1)
@@ -60,27 +92,56 @@ class Config:
     clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
     kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
-    shaping: str = option("aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood"))
-    guided_tokens: str = option("guidance", "loss", "which tokens count as guided (published: trajectory)",
-                                choices=("guidance", "trajectory"))
-    unlikely: float = option(0.01, "loss", "guard (c): guided tokens of bad rollouts less likely than this are ordinary", least=0)
+    shaping: str = option(
+        "aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood")
+    )
+    guided_tokens: str = option(
+        "guidance",
+        "loss",
+        "which tokens count as guided (published: trajectory)",
+        choices=("guidance", "trajectory"),
+    )
+    unlikely: float = option(
+        0.01,
+        "loss",
+        "guard (c): guided tokens of bad rollouts less likely than this are ordinary",
+        least=0,
+    )
     gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
     gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")
     guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
-    schedule: str = option("linear", "teacher", "decay of p over the first third",
-                           choices=("constant", "linear", "cosine", "exp"))
-    schedule_steps: int = option(0, "teacher", "steps whose first third that is; 0 is --steps as the run begins, "
-                                 "and stays that if --resume raises --steps", least=0, most=10**9)
-    p_init: float = option(0.1, "teacher", "share of a group that is guided at first", least=0, most=1)
+    schedule: str = option(
+        "linear",
+        "teacher",
+        "decay of p over the first third",
+        choices=("constant", "linear", "cosine", "exp"),
+    )
+    schedule_steps: int = option(
+        0,
+        "teacher",
+        "steps whose first third that is; 0 is --steps as the run begins, "
+        "and stays that if --resume raises --steps",
+        least=0,
+        most=10**9,
+    )
+    p_init: float = option(
+        0.1, "teacher", "share of a group that is guided at first", least=0, most=1
+    )
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
-    eps: float = option(0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1)
+    eps: float = option(
+        0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1
+    )
     teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
     teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
-    published: str = option("", "teacher", f"repeat the published code: all, or some of {','.join(PUBLISHED)}")
+    published: str = option(
+        "", "teacher", f"repeat the published code: all, or some of {','.join(PUBLISHED)}"
+    )
 
     @property
     def published_items(self) -> frozenset[str]:
-        return frozenset(PUBLISHED if self.published == "all" else filter(None, self.published.split(",")))
+        return frozenset(
+            PUBLISHED if self.published == "all" else filter(None, self.published.split(","))
+        )
 
     def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""
@@ -89,25 +150,46 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, not {value}")
             if limits.get("choices") and value not in limits["choices"]:
-                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
-            for bound, bad, words in (("least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
-                                      ("most", lambda v, b: v > b, "at most"), ("below", lambda v, b: v >= b, "below")):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}"
+                )
+            for bound, bad, words in (
+                ("least", lambda v, b: v < b, "at least"),
+                ("above", lambda v, b: v <= b, "above"),
+                ("most", lambda v, b: v > b, "at most"),
+                ("below", lambda v, b: v >= b, "below"),
+            ):
                 if bound in limits and bad(value, limits[bound]):
                     raise ValueError(f"{name} must be {words} {limits[bound]}, not {value}")
         if unknown := self.published_items - set(PUBLISHED):
-            raise ValueError(f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}")
+            raise ValueError(
+                f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}"
+            )
         if self.p_min > self.p_init:
-            raise ValueError(f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help can only fall: "
-                             "lower --p-min or raise --p-init")
+            raise ValueError(
+                f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help can only fall: "
+                "lower --p-min or raise --p-init"
+            )
 
 
 # What a resumed run may have otherwise: where its steps end, what they cost and who looks at them,
 # not what a step does.
 MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
 
-DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4, beta2=0.95,
-            teacher_prompt=180, teacher_reply=120, micro_batch=8192, recompute=False,
-            save_every=0)  # everything else is as published
+DEMO = dict(
+    steps=80,
+    questions=16,
+    samples=8,
+    max_tokens=100,
+    mini_batch=8,
+    learning_rate=1e-4,
+    beta2=0.95,
+    teacher_prompt=180,
+    teacher_reply=120,
+    micro_batch=8192,
+    recompute=False,
+    save_every=0,
+)  # everything else is as published
 
 
 def add_config_flags(p):
@@ -119,7 +201,10 @@ def add_config_flags(p):
         kind = {"type": type(f.default), "choices": m.get("choices")}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind)
+        group.add_argument(
+            flag(f.name), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind
+        )
+
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -152,7 +237,9 @@ def check_used(args, config: Config) -> None:
         raise ValueError("--method grpo has no teacher: leave --teacher out")
     if not args.eval_data and (config.eval_every or config.eval_count):
         flag = "--eval-every" if config.eval_every else "--eval-count"
-        raise ValueError(f"{flag} needs problems to evaluate on: give --eval-data too, or leave {flag} out")
+        raise ValueError(
+            f"{flag} needs problems to evaluate on: give --eval-data too, or leave {flag} out"
+        )
 
 
 def told_longer(config: Config, before: dict) -> str:
@@ -160,6 +247,24 @@ def told_longer(config: Config, before: dict) -> str:
     was = before.get("steps")
     if type(was) is not int or config.steps <= was:
         return ""
-    schedule = (f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, so a "
-                "teacher that has gone stays away") if config.method == "thinktuning" else ""
+    schedule = (
+        (
+            f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, so a "
+            "teacher that has gone stays away"
+        )
+        if config.method == "thinktuning"
+        else ""
+    )
     return f"\n{config.steps} steps instead of {was}{schedule}"
+
+
+def named_settings(args: argparse.Namespace, config: Config) -> dict:
+    """What config.json keeps of a run, and in `args` the advice for one that ends too early."""
+    args.again = (
+        "--resume goes on"
+        if config.save_every
+        else "it cannot be resumed, because --save-every 0 kept no checkpoint"
+    )
+    args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
+    names = [name for name in ("model", "data", *KEPT) if getattr(args, name) is not None]
+    return {**{name: getattr(args, name) for name in names}, **asdict(config)}

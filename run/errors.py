@@ -42,8 +42,10 @@ TROUBLE = {  # what torch's own errors say on a GPU, on a CPU, and of several pr
 
 def trouble(error: RuntimeError, advice: dict) -> str:
     """One sentence for an error of torch's that is no fault of the program; all others go on."""
-    known = {"memory": "end what else runs on the device, or take a larger one",
-             "again": "start again"}
+    known = {
+        "memory": "end what else runs on the device, or take a larger one",
+        "again": "start again",
+    }
     for telling, sentence in TROUBLE.items():
         if telling in str(error):
             return sentence.format_map({**known, **advice})
@@ -54,5 +56,9 @@ def complain(error, status: int) -> int:
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'writing'}: {error.strerror}"
     # Names and values out of a stranger's files may stand in it: one line, which moves no cursor.
-    print("error:", "".join(c if c.isprintable() else "\ufffd" for c in str(error)[:2000]), file=sys.stderr)
+    print(
+        "error:",
+        "".join(c if c.isprintable() else "\ufffd" for c in str(error)[:2000]),
+        file=sys.stderr,
+    )
     return status

@@ -10,7 +10,9 @@ from model import LM
 
 
 def device_and_dtype(args):
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
@@ -26,8 +28,10 @@ def load_model(path, device, dtype):
     tokenizer = Tokenizer.load(path)
     model = LM.load(path, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
-                         f"{model.config.vocab_size}; put the tokenizer there that the model was trained with")
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
+        )
     return model, tokenizer
 
 

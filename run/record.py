@@ -37,17 +37,30 @@ class Run:
     """
 
     def __init__(self, path, config: dict, label: str, resume=False, world=World(), sinks=()):
-        self.path, self.config, self.label, self.began = Path(path), config, label, time.perf_counter()
+        self.path, self.config, self.label, self.began = (
+            Path(path),
+            config,
+            label,
+            time.perf_counter(),
+        )
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
-        self.resume, self.began_at, self.is_first, self.sink_names, self.sinks = resume, 0, world.is_first, sinks, []
+        self.resume, self.began_at, self.is_first, self.sink_names, self.sinks = (
+            resume,
+            0,
+            world.is_first,
+            sinks,
+            [],
+        )
         if not self.is_first:
             return
         writable(self.path)
         self.lock = lock(self.path / "lock")
         stored = self.path / "config.json"
         if resume and (steps := steps_without_checkpoint(self.path)):
-            raise ValueError(f"{self.path} holds {steps} steps but no checkpoint, so --resume would begin "
-                             "again and delete them: give another --out")
+            raise ValueError(
+                f"{self.path} holds {steps} steps but no checkpoint, so --resume would begin "
+                "again and delete them: give another --out"
+            )
         if resume and stored.exists():
             same_settings(stored, config)
         else:
@@ -56,17 +69,25 @@ class Run:
             write_json(stored, config)
         self.metrics, self.transcripts = (open(file, "a") for file in self.files)
 
-    def restore(self, student: LM, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    def restore(
+        self, student: LM, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[dict[str, Any]]]:
         """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
         history: list[dict[str, Any]] = []
         if self.resume:
-            self.began_at = checkpoint.restore(self.path / "checkpoint", student, optimizer, self.config)
+            self.began_at = checkpoint.restore(
+                self.path / "checkpoint", student, optimizer, self.config
+            )
             history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
             needed = ("skipped", "teacher_asked", "teacher_parsed")
             if any(type(m.get(key)) not in (int, float) for m in history for key in needed):
-                raise RunFailed(f"{self.files[0]} is not what a run writes: start anew with another --out")
+                raise RunFailed(
+                    f"{self.files[0]} is not what a run writes: start anew with another --out"
+                )
             if self.is_first:
-                write_json(self.path / "config.json", self.config)  # what may change may have changed
+                write_json(
+                    self.path / "config.json", self.config
+                )  # what may change may have changed
                 self.close()
                 self.metrics, self.transcripts = (open(file, "a") for file in self.files)
         if self.is_first:
@@ -77,7 +98,15 @@ class Run:
         """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
         for file in self.files if self.is_first else ():
             checkpoint.flush(file)
-        checkpoint.save(self.path / "checkpoint", step, student, optimizer, self.config, self.config["keep"], self.is_first)
+        checkpoint.save(
+            self.path / "checkpoint",
+            step,
+            student,
+            optimizer,
+            self.config,
+            self.config["keep"],
+            self.is_first,
+        )
 
     def log(self, metrics: dict[str, Any], steps: int, transcripts: list[dict[str, Any]]) -> None:
         if not self.is_first:
@@ -89,10 +118,13 @@ class Run:
             sink.log(metrics["step"], metrics)
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
-        progress(f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
-                 f"reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
-                 f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
-                 last=done == steps, plain=done % max(1, steps // 10) == 0 or done == 1)
+        progress(
+            f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
+            f"reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
+            last=done == steps,
+            plain=done % max(1, steps // 10) == 0 or done == 1,
+        )
 
     def close(self):
         if self.is_first:
@@ -112,8 +144,22 @@ def same_settings(path: Path, config: dict):
         changed.append("steps")
     if changed:
         told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-        raise ValueError(f"{path.parent} is a run with other settings ({told}): give them as they were to "
-                         "resume it, or another --out")
+        raise ValueError(
+            f"{path.parent} is a run with other settings ({told}): give them as they were to "
+            "resume it, or another --out"
+        )
+
+
+def earlier_settings(path: Path, resume: bool) -> dict:
+    """The config.json of the run that is to be resumed; {} where there is none.
+
+    Raises ValueError where the directory holds a run and `resume` is not given.
+    """
+    if (path / "metrics.jsonl").exists() and not resume:
+        go_on = "" if steps_without_checkpoint(path) else "continue it with --resume, or "
+        raise ValueError(f"{path} already holds a run: {go_on}give another directory with --out")
+    stored = path / "config.json"
+    return read_json(stored) if resume and stored.exists() else {}
 
 
 def steps_without_checkpoint(path: Path) -> int:
@@ -139,8 +185,10 @@ def lock(path: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path.parent} is in use by another run: wait for it, "
-                             "or give another directory with --out") from None
+            raise ValueError(
+                f"{path.parent} is in use by another run: wait for it, "
+                "or give another directory with --out"
+            ) from None
     return file
 
 
@@ -168,10 +216,16 @@ def writable(path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"no directory can be made at {path} ({error.strerror}): give another --out") from None
-    if other := next((p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None):
-        raise ValueError(f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
-                         "another --out")
+        raise ValueError(
+            f"no directory can be made at {path} ({error.strerror}): give another --out"
+        ) from None
+    if other := next(
+        (p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None
+    ):
+        raise ValueError(
+            f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
+            "another --out"
+        )
     with tempfile.TemporaryFile(dir=path):
         return path
 
@@ -188,22 +242,51 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict | None]]:
             yield line, entry if type(step) is int and 0 <= step < 10**9 else None
 
 
-def describe_sampled(rollouts) -> dict[str, float]:
-    """What the student does on its own, before any help."""
+def describe(rollouts: list[Any], samples: int, seconds: float) -> dict[str, Any]:
+    """A step's metrics from all its rollouts, question-major: what the student did alone, then with help."""
+    own_length = sum(len(own_part(r)) for r in rollouts)
     n = len(rollouts)
-    return {"reflection_rate": sum(reflects(r.text) for r in rollouts) / n,
-            "finished": sum(r.finished for r in rollouts) / n,
-            "mean_length": sum(len(r.response) for r in rollouts) / n,
-            "sampled_accuracy": sum(r.finished and is_correct(r.text, r.answer) for r in rollouts) / n}
+    groups = [rollouts[start : start + samples] for start in range(0, n, samples)]
+    equal = sum(len({r.reward for r in group}) == 1 for group in groups)
+    return {
+        "reflection_rate": sum(reflects(r.attempt) for r in rollouts) / n,
+        "finished": sum(r.finished for r in rollouts) / n,
+        "mean_length": own_length / n,
+        "sampled_accuracy": sum(r.finished and is_correct(r.attempt, r.answer) for r in rollouts)
+        / n,
+        "tokens_per_second": own_length / seconds,
+        "reward": sum(r.reward for r in rollouts) / n,
+        "groups_equal": equal / len(groups),
+        **describe_help(rollouts),
+    }
 
 
-def describe_help(asked, rollouts) -> dict:
-    """What the teacher did: replies that parse, opinions that are right, what its words earned against the attempts alone."""
-    parsed = [(i, f, is_correct(attempt, rollouts[i].answer)) for i, f, attempt in asked if f is not None]
-    guided = [(rollouts[i], was_right) for i, _, was_right in parsed if rollouts[i].guided_from is not None]
-    return {"teacher_asked": len(asked), "teacher_parsed": len(parsed), "guided": len(guided),
-            "guided_share_of_rollouts": len(guided) / len(rollouts),
-            "teacher_said_correct": sum(f.opinion == "correct" for _, f, _ in parsed),
-            "teacher_opinion_right": sum((f.opinion == "correct") == was_right for _, f, was_right in parsed),
-            "guided_reward": sum(r.reward for r, _ in guided), "guided_original_reward": sum(right for _, right in guided),
-            "behaviours": Counter(filter(None, (behaviour(f"{f.reason} {f.phrase}") for _, f, _ in parsed)))}
+def own_part(rollout: Any) -> list[int]:
+    """The ids that the student sampled, its stop token included."""
+    start = rollout.guided_from
+    return rollout.response if start is None else [*rollout.response[:start], rollout.response[-1]]
+
+
+def describe_help(rollouts: list[Any]) -> dict[str, Any]:
+    """What the teacher did: replies that parse, opinions that are right, what its words earned."""
+    asked = [r for r in rollouts if r.asked]
+    parsed = [r for r in asked if r.feedback is not None]
+    guided = [r for r in parsed if r.guided_from is not None]
+    said_correct, opinion_right, behaviours = 0, 0, Counter()
+    for r in parsed:
+        opinion, reason, phrase = r.feedback
+        said_correct += opinion == "correct"
+        opinion_right += (opinion == "correct") == is_correct(r.attempt, r.answer)
+        if shown := behaviour(f"{reason} {phrase}"):
+            behaviours[shown] += 1
+    return {
+        "teacher_asked": len(asked),
+        "teacher_parsed": len(parsed),
+        "guided": len(guided),
+        "guided_share_of_rollouts": len(guided) / len(rollouts),
+        "teacher_said_correct": said_correct,
+        "teacher_opinion_right": opinion_right,
+        "guided_reward": sum(r.reward for r in guided),
+        "guided_original_reward": sum(is_correct(r.attempt, r.answer) for r in guided),
+        "behaviours": behaviours,
+    }

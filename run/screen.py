@@ -27,7 +27,9 @@ def clock(seconds: float) -> str:
 def progress(line: str, last=False, plain=True):
     """One line that rewrites itself on a terminal; elsewhere the lines marked `plain`, each on its own."""
     if sys.stdout.isatty():
-        line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be rewritten
+        line = line[
+            : shutil.get_terminal_size().columns - 1
+        ]  # a line that wraps could not be rewritten
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
     elif plain or last:
         print(line, flush=True)
@@ -36,6 +38,7 @@ def progress(line: str, last=False, plain=True):
 @contextmanager
 def interruptible():
     """SIGINT and SIGTERM only set `.is_set`, so a step is finished before the run ends; a second one ends it at once."""
+
     class Flag:
         is_set = False
 

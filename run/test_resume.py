@@ -25,8 +25,28 @@ from thinktuning import main
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 6
-SETTINGS = ("--steps", str(STEPS), "--questions", "3", "--samples", "4", "--max-tokens", "10", "--mini-batch", "2",
-            "--learning-rate", "1e-2", "--teacher-reply", "20", "--teacher-prompt", "100", "--max-prompt", "100", "--save-every", "2")
+SETTINGS = (
+    "--steps",
+    str(STEPS),
+    "--questions",
+    "3",
+    "--samples",
+    "4",
+    "--max-tokens",
+    "10",
+    "--mini-batch",
+    "2",
+    "--learning-rate",
+    "1e-2",
+    "--teacher-reply",
+    "20",
+    "--teacher-prompt",
+    "100",
+    "--max-prompt",
+    "100",
+    "--save-every",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +58,22 @@ def start(tmp_path_factory):
     return path
 
 
-def child(start, out, *flags, before=lambda: None, kill_after=None, wait=True, settings=SETTINGS) -> int:
+def child(
+    start, out, *flags, before=lambda: None, kill_after=None, wait=True, settings=SETTINGS
+) -> int:
     """Run the command in a forked process; its exit status, or minus the signal that ended it (its number if not waited for)."""
-    argv = ["train", "--model", str(start), "--data", "wordproblems", "--out", str(out), "--resume", *settings, *flags]
+    argv = [
+        "train",
+        "--model",
+        str(start),
+        "--data",
+        "wordproblems",
+        "--out",
+        str(out),
+        "--resume",
+        *settings,
+        *flags,
+    ]
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -50,7 +83,9 @@ def child(start, out, *flags, before=lambda: None, kill_after=None, wait=True, s
             # A random model never ends its turn, gives no feedback and is never right. Here any byte above 127 ends a turn,
             # the teacher always says the same, and texts of even length are paid for, so that there is something to learn.
             tokenizer.stop_ids = lambda *_: set(range(128, 256))
-            Teacher.feedback = lambda self, questions, _: [Feedback("incorrect", "Hmm.", "x")] * len(questions)
+            Teacher.feedback = lambda self, questions, _: (
+                [Feedback("incorrect", "Hmm.", "x")] * len(questions)
+            )
             thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
             sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
             before()
@@ -71,8 +106,11 @@ def outcome(out: Path):
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
     for m in metrics:
         m.pop("tokens_per_second")
-    return (hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(), metrics,
-            (out / "transcripts.jsonl").read_text())
+    return (
+        hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        metrics,
+        (out / "transcripts.jsonl").read_text(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +119,9 @@ def undisturbed(start, tmp_path_factory):
     began = time.perf_counter()
     assert child(start, out) == 0
     whole = outcome(out)
-    assert [m["step"] for m in whole[1]] == list(range(STEPS)) and all(m["active_share"] > 0 for m in whole[1])
+    assert [m["step"] for m in whole[1]] == list(range(STEPS)) and all(
+        m["active_share"] > 0 for m in whole[1]
+    )
     assert sum(m["guided"] for m in whole[1]) > 2
     assert whole[0] != hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()
     return whole, time.perf_counter() - began
@@ -108,12 +148,16 @@ def test_an_interrupted_and_resumed_run_is_the_undisturbed_one(start, undisturbe
     assert child(start, out, before=signal_after(3)) == 0
     assert "stopped; --resume goes on" in (tmp_path / "run.log").read_text()
     assert steps_of(out) == [2, 3] and len(open(out / "metrics.jsonl").readlines()) == 3
-    with open(out / "metrics.jsonl", "a") as file:  # lines of steps that no checkpoint holds, the last one torn
+    with open(
+        out / "metrics.jsonl", "a"
+    ) as file:  # lines of steps that no checkpoint holds, the last one torn
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
     assert child(start, out) == 0
     assert outcome(out) == undisturbed[0]
     assert steps_of(out) == [4, 6]  # --keep 2
-    assert child(start, out) == 0 and outcome(out) == undisturbed[0]  # a finished run has nothing left to do
+    assert (
+        child(start, out) == 0 and outcome(out) == undisturbed[0]
+    )  # a finished run has nothing left to do
 
 
 def test_other_settings_are_not_resumed(start, undisturbed, tmp_path):
@@ -135,17 +179,36 @@ def test_flags_that_are_left_out_on_resume_are_the_runs_own(start, undisturbed, 
 
 
 def test_what_changes_no_result_may_change_on_resume(start, undisturbed, tmp_path):
-    out, changed = tmp_path / "run", {"rows": 2, "micro_batch": 150, "recompute": False, "save_every": 3, "keep": 1}
+    out, changed = (
+        tmp_path / "run",
+        {"rows": 2, "micro_batch": 150, "recompute": False, "save_every": 3, "keep": 1},
+    )
     assert child(start, out, before=signal_after(3)) == 0
-    flags = ["--rows", "2", "--micro-batch", "150", "--no-recompute", "--save-every", "3", "--keep", "1"]
+    flags = [
+        "--rows",
+        "2",
+        "--micro-batch",
+        "150",
+        "--no-recompute",
+        "--save-every",
+        "3",
+        "--keep",
+        "1",
+    ]
     assert child(start, out, *flags, before=signal_after(5)) == 0
     for _ in range(2):
-        assert {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k in changed} == changed
+        assert {
+            k: v for k, v in json.loads((out / "config.json").read_text()).items() if k in changed
+        } == changed
         assert child(start, out, settings=()) == 0  # they have become the run's own
     weights, metrics, transcripts = outcome(out)
     assert steps_of(out) == [6] and len(metrics) == STEPS
-    for ours, theirs in zip(metrics, undisturbed[0][1]):  # but for what is added up in another order
-        assert {k: ours[k] for k in ("reward", "mean_length", "guided")} == {k: theirs[k] for k in ("reward", "mean_length", "guided")}
+    for ours, theirs in zip(
+        metrics, undisturbed[0][1]
+    ):  # but for what is added up in another order
+        assert {k: ours[k] for k in ("reward", "mean_length", "guided")} == {
+            k: theirs[k] for k in ("reward", "mean_length", "guided")
+        }
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
@@ -156,11 +219,16 @@ def test_more_steps_go_on_with_the_schedule_that_the_run_began_with(start, undis
     assert child(start, out) == 0 and outcome(out) == undisturbed[0]
     assert child(start, out, "--steps", "60", before=signal_after(8), settings=()) == 0
     said = (tmp_path / "run.log").read_text()
-    assert f"60 steps instead of {STEPS}; the teacher's share p_s stays that of a run of {STEPS} steps" in said
+    assert (
+        f"60 steps instead of {STEPS}; the teacher's share p_s stays that of a run of {STEPS} steps"
+        in said
+    )
     assert outcome(out) == outcome(whole)
     # By the schedule of 60 steps the teacher, gone since step 1, would have come back.
     assert guidance_fraction(7, 60) > 0
-    assert [m["fraction"] > 0 for m in outcome(out)[1]] == [guidance_fraction(step, STEPS) > 0 for step in range(8)]
+    assert [m["fraction"] > 0 for m in outcome(out)[1]] == [
+        guidance_fraction(step, STEPS) > 0 for step in range(8)
+    ]
     assert child(start, out, "--steps", "59", settings=()) == 2
     assert "steps was 60 and is 59" in (tmp_path / "run.log").read_text()
 
@@ -168,25 +236,40 @@ def test_more_steps_go_on_with_the_schedule_that_the_run_began_with(start, undis
 def test_a_run_without_checkpoints_says_so_and_loses_nothing_on_resume(start, tmp_path):
     out, log = tmp_path / "run", tmp_path / "run.log"
     assert child(start, out, "--save-every", "0", before=signal_after(2)) == 0
-    assert "stopped; it cannot be resumed, because --save-every 0 kept no checkpoint" in log.read_text()
+    assert (
+        "stopped; it cannot be resumed, because --save-every 0 kept no checkpoint"
+        in log.read_text()
+    )
     assert "--resume goes on" not in log.read_text()
     recorded = (out / "metrics.jsonl").read_bytes()
     assert child(start, out, "--save-every", "2") == 2
-    assert "holds 2 steps but no checkpoint, so --resume would begin again and delete them: give another --out" in log.read_text()
+    assert (
+        "holds 2 steps but no checkpoint, so --resume would begin again and delete them: give another --out"
+        in log.read_text()
+    )
     assert (out / "metrics.jsonl").read_bytes() == recorded
 
 
 def test_a_run_that_dies_before_its_first_checkpoint_begins_again(start, undisturbed, tmp_path):
     out = tmp_path / "run"
-    assert child(start, out, "--save-every", "3", before=signal_after(2, signal.SIGKILL)) == -signal.SIGKILL
+    assert (
+        child(start, out, "--save-every", "3", before=signal_after(2, signal.SIGKILL))
+        == -signal.SIGKILL
+    )
     assert child(start, out, settings=()) == 0 and outcome(out) == undisturbed[0]
 
 
-@pytest.mark.parametrize("damage", [lambda p: (p / "state.json").write_text("{"),
-                                    lambda p: (p / "model.safetensors").unlink(),
-                                    lambda p: os.truncate(p / "optimizer.safetensors", 100),
-                                    lambda p: (p / "model.safetensors").write_bytes(
-                                        (p / "model.safetensors").read_bytes()[:-1] + b"\x01")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: (p / "state.json").write_text("{"),
+        lambda p: (p / "model.safetensors").unlink(),
+        lambda p: os.truncate(p / "optimizer.safetensors", 100),
+        lambda p: (p / "model.safetensors").write_bytes(
+            (p / "model.safetensors").read_bytes()[:-1] + b"\x01"
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(start, undisturbed, tmp_path, damage):
     out = tmp_path / "run"
     assert child(start, out) == 0
@@ -210,12 +293,20 @@ def at_call(n, action):
             if calls[0] == n:
                 action()
             return function(*args, **kwargs)
+
         return call
 
     def install():
-        for holder, name in ((checkpoint.os, "fsync"), (checkpoint.os, "rename"), (checkpoint, "save_file"),
-                             (checkpoint.shutil, "rmtree"), (checkpoint.Path, "write_text"), (checkpoint.Path, "mkdir")):
+        for holder, name in (
+            (checkpoint.os, "fsync"),
+            (checkpoint.os, "rename"),
+            (checkpoint, "save_file"),
+            (checkpoint.shutil, "rmtree"),
+            (checkpoint.Path, "write_text"),
+            (checkpoint.Path, "mkdir"),
+        ):
             setattr(holder, name, patched(getattr(holder, name)))
+
     return install
 
 
@@ -228,13 +319,18 @@ def fail(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actions", [[kill_self], [partial(fail, e) for e in (errno.ENOSPC, errno.EACCES, errno.EIO)]],
-                         ids=["SIGKILL", "ENOSPC, EACCES or EIO"])
+@pytest.mark.parametrize(
+    "actions",
+    [[kill_self], [partial(fail, e) for e in (errno.ENOSPC, errno.EACCES, errno.EIO)]],
+    ids=["SIGKILL", "ENOSPC, EACCES or EIO"],
+)
 def test_no_write_that_fails_or_never_returns_loses_the_run(start, undisturbed, tmp_path, actions):
     reached = 0
     for n in range(1, 200):
         out = tmp_path / f"run{n}"
-        action = actions[n % len(actions)]  # the errors in turn: nothing in the program tells one from another
+        action = actions[
+            n % len(actions)
+        ]  # the errors in turn: nothing in the program tells one from another
         status = child(start, out, "--save-every", "3", before=at_call(n, action))
         if status == 0:
             break  # fewer than n calls were made

@@ -38,11 +38,15 @@ class World:
         if device.startswith("cuda"):
             place, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if place >= devices:
-                raise ValueError(f"this machine has {devices} GPUs and more processes: "
-                                 f"lower --nproc-per-node to {devices}")
+                raise ValueError(
+                    f"this machine has {devices} GPUs and more processes: "
+                    f"lower --nproc-per-node to {devices}"
+                )
             torch.cuda.set_device(place)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=minutes))
+            dist.init_process_group(
+                "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=minutes)
+            )
         return cls(dist.get_rank(), size, dtype)
 
     @property
@@ -66,11 +70,17 @@ class World:
         """Keep the weights in N parts of float32, each block put together in the dtype to compute in when it is needed."""
         if self.size == 1:
             return
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         self.copy = copy.deepcopy(model).to(self.dtype).requires_grad_(False)
         mesh = dist.init_device_mesh(model.device.type, (self.size,))
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "hidden")
@@ -96,5 +106,7 @@ def like(stored, tensor):
         from torch.distributed.tensor import distribute_tensor
 
         stored = stored.to(tensor.device, tensor.dtype)
-        return distribute_tensor(stored, tensor.device_mesh, tensor.placements, src_data_rank=None)  # everybody has read it
+        return distribute_tensor(
+            stored, tensor.device_mesh, tensor.placements, src_data_rank=None
+        )  # everybody has read it
     return stored

@@ -29,16 +29,25 @@ def prepare(args):
     context = model.config.max_seq_len
     room = context - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
-        shorter = "shorten it" if room < 1 else f"shorten it, or lower --max-tokens to {room} or less"
-        raise ValueError(f"the question leaves {max(0, room)} tokens of the model's context of {context}: {shorter}")
+        shorter = (
+            "shorten it" if room < 1 else f"shorten it, or lower --max-tokens to {room} or less"
+        )
+        raise ValueError(
+            f"the question leaves {max(0, room)} tokens of the model's context of {context}: {shorter}"
+        )
     args.memory = "lower --max-tokens" + " or --samples" * (args.samples > 1)
-    options = {"max_tokens": args.max_tokens or min(1024, room), "seed": args.seed,
-               "temperature": float(args.samples > 1) if args.temperature is None else args.temperature}
+    options = {
+        "max_tokens": args.max_tokens or min(1024, room),
+        "seed": args.seed,
+        "temperature": float(args.samples > 1) if args.temperature is None else args.temperature,
+    }
     if args.samples > 1:
         return lambda: hold_vote(model, tokenizer, args.question, samples=args.samples, **options)
     teacher = None
     if asks_teacher:
-        theirs, their_tokenizer = load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
+        theirs, their_tokenizer = (
+            load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
+        )
         longest = theirs.config.max_seq_len
         reply = min(Config.teacher_reply, longest * 3 // 8)
         settings = Config(teacher_reply=reply, teacher_prompt=longest)
@@ -49,8 +58,15 @@ def prepare(args):
 def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, teacher=None):
     """Print one response as it is sampled; then what the teacher, if there is one, says to the attempt before a reflection."""
     stream = Stream(tokenizer)
-    ids = generate(model, [student_prompt(tokenizer, question)], max_tokens=max_tokens, stop=tokenizer.stop,
-                   temperature=temperature, generator=torch.Generator().manual_seed(seed), on_step=stream.add)[0]
+    ids = generate(
+        model,
+        [student_prompt(tokenizer, question)],
+        max_tokens=max_tokens,
+        stop=tokenizer.stop,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+        on_step=stream.add,
+    )[0]
     stream.show(tokenizer.decode(stream.ids))  # bytes that never became a character
     print()
     if ids[-1] not in tokenizer.stop:
@@ -63,16 +79,30 @@ def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, te
 def opinion_of(teacher, question: str, attempt: str) -> str:
     feedback = teacher.feedback([question], [attempt])[0]
     if feedback:
-        return "\n".join(f"teacher's {name + ':':<8} {text}" for name, text in feedback._asdict().items())
-    why = (f"the attempt makes its prompt longer than {teacher.max_prompt} tokens" if teacher.dropped else
-           f"its reply is longer than {teacher.max_tokens} tokens" if teacher.cut else "its reply has not the asked form")
+        return "\n".join(
+            f"teacher's {name + ':':<8} {text}" for name, text in feedback._asdict().items()
+        )
+    why = (
+        f"the attempt makes its prompt longer than {teacher.max_prompt} tokens"
+        if teacher.dropped
+        else f"its reply is longer than {teacher.max_tokens} tokens"
+        if teacher.cut
+        else "its reply has not the asked form"
+    )
     return f"no feedback from the teacher: {why}"
 
 
 def hold_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samples):
     """Print the final answer of every sample, how often each was given, and the majority's."""
-    responses = generate(model, [student_prompt(tokenizer, question)], samples=samples, max_tokens=max_tokens,
-                         stop=tokenizer.stop, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    responses = generate(
+        model,
+        [student_prompt(tokenizer, question)],
+        samples=samples,
+        max_tokens=max_tokens,
+        stop=tokenizer.stop,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    )
     texts = [spoken(tokenizer, ids) if ids[-1] in tokenizer.stop else None for ids in responses]
     for i, text in enumerate(texts, start=1):
         given = "cut off" if text is None else final_answer(text)
@@ -107,4 +137,7 @@ class Stream:
 
 def reflection_start(text: str) -> int:
     """Where a text goes on after its first answer: the blank line behind its box, else the text's end."""
-    return next((gap.start() for gap in re.finditer("\n\n", text) if answers(text[: gap.start()])), len(text))
+    return next(
+        (gap.start() for gap in re.finditer("\n\n", text) if answers(text[: gap.start()])),
+        len(text),
+    )

@@ -26,15 +26,21 @@ from thinktuning import main
 HERE = Path(__file__).parents[1]
 QUESTION = load_problems("wordproblems", "test")[0].question
 TOKENIZER = Tokenizer.builtin()
-REFLECTS = "The answer is \\boxed{8}.\n\nHmm, I was too quick there.\n\nSo the answer is \\boxed{7}."
+REFLECTS = (
+    "The answer is \\boxed{8}.\n\nHmm, I was too quick there.\n\nSo the answer is \\boxed{7}."
+)
 
 
 @pytest.fixture
 def says(monkeypatch):
     """Makes `generate` write the given texts, token by token, and end each with the end token unless told otherwise."""
+
     def script(*texts, ends=True):
-        responses = [(TOKENIZER.encode(text) if isinstance(text, str) else text) + [TOKENIZER.special["<|end|>"]] * ends
-                     for text in texts]
+        responses = [
+            (TOKENIZER.encode(text) if isinstance(text, str) else text)
+            + [TOKENIZER.special["<|end|>"]] * ends
+            for text in texts
+        ]
 
         def generate(model, prompts, *, on_step=None, **options):
             assert len(responses) == options.get("samples", 1)
@@ -43,6 +49,7 @@ def says(monkeypatch):
             return responses
 
         monkeypatch.setattr(ask, "generate", generate)
+
     return script
 
 
@@ -54,11 +61,16 @@ def run(capsys, directory, *flags) -> str:
 # The stream
 
 
-def test_characters_split_across_tokens_appear_whole_and_once(model_directory, says, capsys, monkeypatch):  # noqa: F811
+def test_characters_split_across_tokens_appear_whole_and_once(
+    model_directory, says, capsys, monkeypatch
+):  # noqa: F811
     text = "½ of 🙂🙂 is 🙂, naïve?"
     assert len(TOKENIZER.encode("🙂")) == 4  # a byte each
     printed = []
-    monkeypatch.setattr("builtins.print", lambda *parts, sep=" ", end="\n", **_: printed.append(sep.join(parts) + end))
+    monkeypatch.setattr(
+        "builtins.print",
+        lambda *parts, sep=" ", end="\n", **_: printed.append(sep.join(parts) + end),
+    )
     says(text)
     assert main(["ask", "--model", str(model_directory), QUESTION]) == 0
     assert "".join(printed) == text + "\n" and not any("\ufffd" in part for part in printed)
@@ -66,7 +78,9 @@ def test_characters_split_across_tokens_appear_whole_and_once(model_directory, s
 
 
 @pytest.mark.parametrize("ends", (True, False))
-def test_bytes_that_never_become_a_character_are_shown_at_the_end(model_directory, says, capsys, ends):  # noqa: F811
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(
+    model_directory, says, capsys, ends
+):  # noqa: F811
     says(TOKENIZER.encode("A 🙂")[:-1], ends=ends)
     assert run(capsys, model_directory, "--max-tokens", "9") == "A \ufffd\n"
 
@@ -78,15 +92,23 @@ def test_a_response_without_its_end_says_so_beside_the_text(model_directory, say
     assert printed.out == "The answer\n" and printed.err == "cut off after 9 tokens\n"
 
 
-@pytest.mark.parametrize("text, reflection", [
-    (REFLECTS, "\n\nHmm, I was too quick there.\n\nSo the answer is \\boxed{7}."),
-    ("First,\n\nsecond,\n\n\\boxed{3}", ""), ("First\n\n\\boxed{3}\n\nWait.", "\n\nWait."), ("\\boxed{3}\nWait.", ""),
-    ("\\boxed{3\n\n} and\n\nmore", "\n\nmore"), ("", ""),
-    ("I put it in \\boxed{}.\n\nSo \\boxed{3}\n\nWait.", "\n\nWait."), ("It goes in \\boxed{ }.\n\nmore", ""),
-    ("So \\boxed 3.\n\nWait.", "\n\nWait."), ("So \\fbox {3}.\n\nWait.", "\n\nWait."),
-])
+@pytest.mark.parametrize(
+    "text, reflection",
+    [
+        (REFLECTS, "\n\nHmm, I was too quick there.\n\nSo the answer is \\boxed{7}."),
+        ("First,\n\nsecond,\n\n\\boxed{3}", ""),
+        ("First\n\n\\boxed{3}\n\nWait.", "\n\nWait."),
+        ("\\boxed{3}\nWait.", ""),
+        ("\\boxed{3\n\n} and\n\nmore", "\n\nmore"),
+        ("", ""),
+        ("I put it in \\boxed{}.\n\nSo \\boxed{3}\n\nWait.", "\n\nWait."),
+        ("It goes in \\boxed{ }.\n\nmore", ""),
+        ("So \\boxed 3.\n\nWait.", "\n\nWait."),
+        ("So \\fbox {3}.\n\nWait.", "\n\nWait."),
+    ],
+)
 def test_a_reflection_begins_at_the_blank_line_after_the_first_answer(text, reflection):
-    assert text[ask.reflection_start(text):] == reflection
+    assert text[ask.reflection_start(text) :] == reflection
 
 
 # Colour
@@ -97,7 +119,9 @@ def on_a_terminal(*flags, **environment) -> str:
     ours, theirs = pty.openpty()
     clean = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
     script = f"from show import test_ask; test_ask.reflect(); from thinktuning import main; raise SystemExit(main({['ask', *map(str, flags)]!r}))"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=theirs, env=clean | environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=HERE, stdout=theirs, env=clean | environment
+    )
     os.close(theirs)
     written = b""
     while True:
@@ -126,11 +150,16 @@ def reflect():
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(model_directory):  # noqa: F811
     coloured = on_a_terminal("--model", model_directory, QUESTION)
-    first, yellow = "The answer is \\boxed{8}.", "".join(re.findall("\x1b\\[33m(.*?)\x1b\\[0m", coloured, re.DOTALL))
+    first, yellow = (
+        "The answer is \\boxed{8}.",
+        "".join(re.findall("\x1b\\[33m(.*?)\x1b\\[0m", coloured, re.DOTALL)),
+    )
     assert yellow == REFLECTS.removeprefix(first)
     assert re.sub("\x1b\\[33m.*?\x1b\\[0m", "", coloured, flags=re.DOTALL) == first + "\n"
     assert on_a_terminal("--model", model_directory, QUESTION, NO_COLOR="1") == REFLECTS + "\n"
-    assert on_a_terminal("--model", model_directory, QUESTION, NO_COLOR="") == coloured  # set but empty counts as not set
+    assert (
+        on_a_terminal("--model", model_directory, QUESTION, NO_COLOR="") == coloured
+    )  # set but empty counts as not set
 
 
 def test_piped_output_is_plain(model_directory, says, capsys):  # noqa: F811
@@ -141,7 +170,9 @@ def test_piped_output_is_plain(model_directory, says, capsys):  # noqa: F811
 # The teacher
 
 
-def test_the_teacher_reads_the_attempt_up_to_the_reflection(model_directory, says, capsys, monkeypatch):  # noqa: F811
+def test_the_teacher_reads_the_attempt_up_to_the_reflection(
+    model_directory, says, capsys, monkeypatch
+):  # noqa: F811
     read = []
 
     def feedback(self, questions, responses):
@@ -152,26 +183,44 @@ def test_the_teacher_reads_the_attempt_up_to_the_reflection(model_directory, say
     says(REFLECTS)
     out = run(capsys, model_directory, "--teacher")
     assert read[0][1:] == ([QUESTION], ["The answer is \\boxed{8}."])
-    assert out == (REFLECTS + "\n\nteacher's opinion: incorrect\nteacher's reason:  Wait.\n"
-                   "teacher's phrase:  So the answer is \\boxed{7}.\n")
+    assert out == (
+        REFLECTS + "\n\nteacher's opinion: incorrect\nteacher's reason:  Wait.\n"
+        "teacher's phrase:  So the answer is \\boxed{7}.\n"
+    )
     other, tokenizer = tiny(3)
     other.save(model_directory.parent / "other", tokenizer)
     run(capsys, model_directory, "--teacher-model", str(model_directory.parent / "other"))
     asked = [model.embed.weight for model, _, _ in read]
-    assert torch.equal(asked[1], other.embed.weight) and not torch.equal(asked[0], other.embed.weight)
+    assert torch.equal(asked[1], other.embed.weight) and not torch.equal(
+        asked[0], other.embed.weight
+    )
 
 
 def test_a_teacher_that_gives_no_feedback_says_why(model_directory, says, capsys):  # noqa: F811
     says("The answer is \\boxed{8}.")
-    assert "no feedback from the teacher: its reply" in run(capsys, model_directory, "--teacher")  # random weights
+    assert "no feedback from the teacher: its reply" in run(
+        capsys, model_directory, "--teacher"
+    )  # random weights
     says("word " * 60)
-    assert "no feedback from the teacher: the attempt makes its prompt longer than 160 tokens" in run(
-        capsys, model_directory, "--teacher")
+    assert (
+        "no feedback from the teacher: the attempt makes its prompt longer than 160 tokens"
+        in run(capsys, model_directory, "--teacher")
+    )
 
 
 def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):  # noqa: F811
-    assert "--samples" in complaint(capsys, "ask", "--model", model_directory, "q", "--teacher", "--samples", "2")
-    assert "no-such" in complaint(capsys, "ask", "--model", model_directory, "q", "--teacher-model", model_directory / "no-such")
+    assert "--samples" in complaint(
+        capsys, "ask", "--model", model_directory, "q", "--teacher", "--samples", "2"
+    )
+    assert "no-such" in complaint(
+        capsys,
+        "ask",
+        "--model",
+        model_directory,
+        "q",
+        "--teacher-model",
+        model_directory / "no-such",
+    )
 
 
 # The vote
@@ -180,13 +229,21 @@ def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):  # noqa: F8
 def test_the_vote_lists_every_answer_and_the_majority(model_directory, says, capsys):  # noqa: F811
     says("\\boxed{8}", "\\boxed{7}", "so \\boxed{7.0}", "I give up.")
     assert run(capsys, model_directory, "--samples", "4") == (
-        "sample 1: 8\nsample 2: 7\nsample 3: 7.0\nsample 4: no final answer\n\nvotes: 7 (2), 8 (1)\nmajority: 7 (2 of 4)\n")
+        "sample 1: 8\nsample 2: 7\nsample 3: 7.0\nsample 4: no final answer\n\nvotes: 7 (2), 8 (1)\nmajority: 7 (2 of 4)\n"
+    )
     says("\\boxed{8}", "\\boxed{8}", ends=False)
-    assert run(capsys, model_directory, "--samples", "2") == "sample 1: cut off\nsample 2: cut off\n\nvotes: none\n"
+    assert (
+        run(capsys, model_directory, "--samples", "2")
+        == "sample 1: cut off\nsample 2: cut off\n\nvotes: none\n"
+    )
 
 
 def test_votes_are_counted_by_value_and_the_earlier_wins_a_tie():
-    assert vote(f"\\boxed{{{a}}}" for a in ("9", "1/2", "9.0", "0.5", "x")) == [("9", 2), ("1/2", 2), ("x", 1)]
+    assert vote(f"\\boxed{{{a}}}" for a in ("9", "1/2", "9.0", "0.5", "x")) == [
+        ("9", 2),
+        ("1/2", 2),
+        ("x", 1),
+    ]
     assert vote(["nothing", "\\boxed{", "\\boxed{}", "\\boxed{ }"]) == []
 
 
@@ -196,8 +253,13 @@ def boxes(*answers):
 
 def test_votes_are_grouped_by_the_comparison_that_grades():
     assert vote(boxes("y=5", "x=5", "x=5", "x=5")) == [("x=5", 3), ("y=5", 1)]
-    assert vote(boxes("5 \\text{ cm}", "5 \\text{ kg}", "5 \\text{ kg}")) == [("5 \\text{ kg}", 2), ("5 \\text{ cm}", 1)]
-    scores = score([(Problem("q", "x=5"), text, True) for text in boxes("y=5", "x=5", "x=5", "x=5")], samples=4)
+    assert vote(boxes("5 \\text{ cm}", "5 \\text{ kg}", "5 \\text{ kg}")) == [
+        ("5 \\text{ kg}", 2),
+        ("5 \\text{ cm}", 1),
+    ]
+    scores = score(
+        [(Problem("q", "x=5"), text, True) for text in boxes("y=5", "x=5", "x=5", "x=5")], samples=4
+    )
     assert (scores["accuracy"], scores["maj@4"]) == (0.75, 1)
 
     def lenient(given, answer):
@@ -214,7 +276,13 @@ def test_a_vote_counts_for_the_first_kind_whose_first_answer_it_equals():
     assert vote(boxes("y=5", "5", "x=5", "x=5")) == [("y=5", 2), ("x=5", 2)]
 
 
-@given(st.lists(st.sampled_from(["5", "5.0", "x=5", "y=5", r"5 \text{ cm}", r"5 \text{ kg}", "6", "", " ", "x=", "5%"])))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["5", "5.0", "x=5", "y=5", r"5 \text{ cm}", r"5 \text{ kg}", "6", "", " ", "x=", "5%"]
+        )
+    )
+)
 def test_every_answer_has_one_vote_and_no_two_kinds_are_equal(answers):
     votes = vote(boxes(*answers))
     assert sum(n for _, n in votes) == sum(equal(a, a) for a in answers)
@@ -224,17 +292,26 @@ def test_every_answer_has_one_vote_and_no_two_kinds_are_equal(answers):
 def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, capsys):  # noqa: F811
     says("\\boxed{y=5}", "\\boxed {x=5}", "\\boxed{}", "\\fbox{x = 5.0}")
     assert run(capsys, model_directory, "--samples", "4").splitlines()[2:] == [
-        "sample 3: no final answer", "sample 4: x = 5.0", "", "votes: x=5 (2), y=5 (1)", "majority: x=5 (2 of 4)"]
+        "sample 3: no final answer",
+        "sample 4: x = 5.0",
+        "",
+        "votes: x=5 (2), y=5 (1)",
+        "majority: x=5 (2 of 4)",
+    ]
 
 
-def test_samples_are_those_of_generate_at_temperature_1_unless_told_otherwise(model_directory, capsys, monkeypatch):  # noqa: F811
+def test_samples_are_those_of_generate_at_temperature_1_unless_told_otherwise(
+    model_directory, capsys, monkeypatch
+):  # noqa: F811
     seen = []
     generate = ask.generate
     monkeypatch.setattr(ask, "generate", lambda *a, **k: seen.append(k) or generate(*a, **k))
     run(capsys, model_directory, "--samples", "3", "--max-tokens", "4")
     run(capsys, model_directory, "--samples", "3", "--max-tokens", "4", "--temperature", "0.5")
     run(capsys, model_directory, "--max-tokens", "4")
-    assert [k["temperature"] for k in seen] == [1.0, 0.5, 0.0] and [k.get("samples", 1) for k in seen] == [3, 3, 1]
+    assert [k["temperature"] for k in seen] == [1.0, 0.5, 0.0] and [
+        k.get("samples", 1) for k in seen
+    ] == [3, 3, 1]
 
 
 # The end
@@ -261,13 +338,20 @@ def test_ctrl_c_ends_it_without_a_traceback(model_directory, monkeypatch, capsys
 def test_ctrl_c_from_outside(tmp_path):
     model, tokenizer = tiny()
     model.save(tmp_path / "model", tokenizer)
-    script = ("import sys, time, ask\n"
-              "def generate(model, prompts, *, on_step, **options):\n"
-              "    print('ready', flush=True); time.sleep(60)\n"
-              "ask.generate = generate\n"
-              f"from cli import main; sys.exit(main(['ask', '--model', {str(tmp_path / 'model')!r}, 'Why?']))")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script = (
+        "import sys, time, ask\n"
+        "def generate(model, prompts, *, on_step, **options):\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+        "ask.generate = generate\n"
+        f"from cli import main; sys.exit(main(['ask', '--model', {str(tmp_path / 'model')!r}, 'Why?']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

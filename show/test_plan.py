@@ -15,7 +15,9 @@ from show import plan
 from show.plan import GIB, USABLE, Sizes, fit, memory, peak
 from thinktuning import main
 
-LLAMA_3B = ModelConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_theta=500000.0, max_seq_len=131072, tie_embeddings=True)
+LLAMA_3B = ModelConfig(
+    128256, 3072, 28, 24, 8, 128, 8192, rope_theta=500000.0, max_seq_len=131072, tie_embeddings=True
+)
 SMALL = ModelConfig(32000, 512, 8, 8, 4, 64, 1408, max_seq_len=1024)
 
 
@@ -35,14 +37,20 @@ def test_parts_by_hand():
     assert parts["sampling"] > (20 * (512 + 1024) + 4 * 512) * cached
     assert parts["asking the teacher"] > 20 * (3072 + 1024) * cached
     assert memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.float32))["optimiser"] == 8 * n
-    assert peak(parts) == sum(b for k, b in parts.items() if k not in ("sampling", "asking the teacher", "update")) + max(
-        parts["sampling"], parts["asking the teacher"], parts["update"])
+    assert peak(parts) == sum(
+        b for k, b in parts.items() if k not in ("sampling", "asking the teacher", "update")
+    ) + max(parts["sampling"], parts["asking the teacher"], parts["update"])
 
 
 def test_more_rows_need_larger_caches_but_no_larger_passes():
-    few, more = (memory(Config(rows=rows), Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))["asking the teacher"] for rows in (256, 257))
+    few, more = (
+        memory(Config(rows=rows), Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))["asking the teacher"]
+        for rows in (256, 257)
+    )
     cached = 2 * 28 * 8 * 128 * 2
-    assert more - few == (512 + 1024 + 1024) * cached + 16 * 128256  # the request and the reply; logits
+    assert (
+        more - few == (512 + 1024 + 1024) * cached + 16 * 128256
+    )  # the request and the reply; logits
 
 
 def test_a_pass_of_prompts_is_as_large_as_they_are_but_holds_at_least_one():
@@ -50,8 +58,11 @@ def test_a_pass_of_prompts_is_as_large_as_they_are_but_holds_at_least_one():
 
     def work(rows, prompt, prompts=None):  # without the rows' cache and logits
         cached = 2 * 2 * 2 * 8 * 4
-        return (plan.generation(small, rows, prompt, 7, 4, prompts) - rows * (prompt + 7) * cached - 16 * rows * 300) / (
-            cached + plan.block_bytes(small, 4))
+        return (
+            plan.generation(small, rows, prompt, 7, 4, prompts)
+            - rows * (prompt + 7) * cached
+            - 16 * rows * 300
+        ) / (cached + plan.block_bytes(small, 4))
 
     assert work(16, 10) == 160 and work(16, 10, prompts=2) == 20
     assert work(2, plan.PREFILL) == plan.PREFILL and work(2, 3 * plan.PREFILL) == 3 * plan.PREFILL
@@ -63,7 +74,10 @@ def test_the_micro_batch_is_the_largest_that_fits(free):
     chosen = fit(config, sizes, "cpu", free * GIB)
     assert peak(memory(chosen, sizes)) <= USABLE * free * GIB
     larger = replace(chosen, micro_batch=2 * chosen.micro_batch)
-    assert chosen.micro_batch == plan.LARGEST_MICRO_BATCH or peak(memory(larger, sizes)) > USABLE * free * GIB
+    assert (
+        chosen.micro_batch == plan.LARGEST_MICRO_BATCH
+        or peak(memory(larger, sizes)) > USABLE * free * GIB
+    )
     given = replace(config, micro_batch=2048)
     assert fit(given, sizes, "cpu", free * GIB) == given  # what the user asks for stands
 
@@ -71,9 +85,14 @@ def test_the_micro_batch_is_the_largest_that_fits(free):
 def test_a_run_that_cannot_fit_is_refused_with_the_two_best_flags():
     config, sizes = Config(rows=512, micro_batch=8192), Sizes(SMALL, SMALL, torch.float32)
     needed = peak(memory(config, sizes))
-    with pytest.raises(ValueError, match=r"the run needs about .* GiB free; what helps most is (--\S+ \S+) .* and (--\S+)") as error:
+    with pytest.raises(
+        ValueError,
+        match=r"the run needs about .* GiB free; what helps most is (--\S+ \S+) .* and (--\S+)",
+    ) as error:
         fit(config, sizes, "cuda", needed)
-    advice = {flag: needed - peak(memory(*changed)) for flag, *changed in plan.economies(config, sizes)}
+    advice = {
+        flag: needed - peak(memory(*changed)) for flag, *changed in plan.economies(config, sizes)
+    }
     named = [flag for flag in advice if flag in str(error.value)]
     assert sorted(named) == sorted(sorted(advice, key=advice.get, reverse=True)[:2])
     flag, changed, less = next(e for e in plan.economies(config, sizes) if e[0] == named[0])
@@ -84,12 +103,28 @@ def test_the_refusal_reaches_the_user_before_anything_is_loaded(tmp_path, capsys
     torch.manual_seed(0)
     LM(ModelConfig(300, 32, 2, 2, 1, 16, 64)).save(tmp_path / "model")
     monkeypatch.delattr(LM, "load")
-    command = ["train", "--model", str(tmp_path / "model"), "--data", "wordproblems", "--out", str(tmp_path / "run")]
-    for free, flags, words in ((1 << 28, 2, "what helps most is --"), (1 << 20, 0, "take a device with more memory or a smaller model")):
+    command = [
+        "train",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        "wordproblems",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    for free, flags, words in (
+        (1 << 28, 2, "what helps most is --"),
+        (1 << 20, 0, "take a device with more memory or a smaller model"),
+    ):
         monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "GiB" in error and error.count("--") == flags and words in error
+        assert (
+            error.count("\n") == 1
+            and "GiB" in error
+            and error.count("--") == flags
+            and words in error
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -111,7 +146,10 @@ def test_whoever_follows_the_advice_arrives(resumed, half_precision, monkeypatch
             except ValueError as error:
                 message = str(error)
             if not can_fit:
-                assert "take a device with more memory" in message and ("smaller model" in message) != resumed
+                assert (
+                    "take a device with more memory" in message
+                    and ("smaller model" in message) != resumed
+                )
                 break
             ways = {flag: rest for flag, *rest in plan.economies(config, changed, resumed)}
             named = [flag for flag in ways if re.search(rf"{re.escape(flag)}( |$)", message)]
@@ -187,20 +225,34 @@ print((status("VmHWM") - before) / generation(SMALL, prompts * samples, prompt, 
 def measured(script, settings):
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    done = subprocess.run([sys.executable, "-c", script, *settings], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *settings],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     print("measured / estimated", done.stdout)
     return float(done.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("float32", "2048", "keep"), ("float32", "2048", "recompute"), ("float32", "512", "recompute")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("float32", "2048", "keep"),
+        ("float32", "2048", "recompute"),
+        ("float32", "512", "recompute"),
+    ],
+)
 def test_the_estimate_of_an_update_is_near_what_a_process_takes(settings):
     assert 0.7 < measured(MEASURE, settings) < 1.3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", ["64 1 512 16 0", "2 32 512 16 0", "8 16 128 128 0", "96 1 128 16 700"])
+@pytest.mark.parametrize(
+    "settings", ["64 1 512 16 0", "2 32 512 16 0", "8 16 128 128 0", "96 1 128 16 700"]
+)
 def test_the_estimate_of_generation_is_near_what_a_process_takes(settings):
     """Prompts, samples, tokens of a prompt, of a reply, of exemplars."""
     assert 0.7 < measured(MEASURE_GENERATION, settings.split()) < 1.3

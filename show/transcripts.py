@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from data.reward import is_correct
-from grpo import shaped_ratio
+from data.tokenizer import Tokenizer
+from grpo import LossSettings, Rollout, shaped_ratio, too_unlikely_to_push_down
 
 
-def transcripts(rollouts, asked, tokenizer, step, config, most=3) -> list[dict]:
+def transcripts(
+    rollouts: list[Rollout], tokenizer: Tokenizer, step: int, settings: LossSettings, most: int = 3
+) -> list[dict[str, Any]]:
     """A few of the step's rollouts as text: guided ones first, the student's part and the teacher's apart."""
-    picked = [i for i, f, _ in asked if f is not None][: most - 1]
-    picked += [i for i in range(len(rollouts)) if i not in picked][: most - len(picked)]
-    replies = {i: f for i, f, _ in asked}
-    lines = []
-    for i in picked:
-        r, f = rollouts[i], replies.get(i)
-        own = tokenizer.decode(r.response if r.guided_from is None else r.response[: r.guided_from])
-        guidance = "" if r.guided_from is None else tokenizer.decode(r.response[r.guided_from :])
-        lines.append({"step": step, "question": r.question, "answer": r.answer, "student": own,
-                      "attempt_right": is_correct(own, r.answer), "guidance": guidance, "opinion": f and f.opinion,
-                      "reason": f and f.reason, "phrase": f and f.phrase, "reward": r.reward, "advantage": r.advantage,
-                      "guidance_tokens": guidance_tokens(r, tokenizer, config)})
-    return lines
+    helped = [r for r in rollouts if r.feedback is not None][: most - 1]
+    others = [r for r in rollouts if r not in helped][: most - len(helped)]
+    return [transcript(r, tokenizer, step, settings) for r in helped + others]
 
 
-def guidance_tokens(rollout, tokenizer, config) -> list[list]:
-    """[text, w, π_old] of each of the teacher's tokens; w is None where AAS does not weigh it: guard (c), other shapings.
+def transcript(
+    rollout: Rollout, tokenizer: Tokenizer, step: int, settings: LossSettings
+) -> dict[str, Any]:
+    """One line of transcripts.jsonl."""
+    start = len(rollout.response) if rollout.guided_from is None else rollout.guided_from
+    own = tokenizer.decode(rollout.response[:start])
+    opinion, reason, phrase = rollout.feedback or (None, None, None)
+    return {
+        "step": step,
+        "question": rollout.question,
+        "answer": rollout.answer,
+        "student": own,
+        "attempt_right": is_correct(own, rollout.answer),
+        "guidance": tokenizer.decode(rollout.response[start:]),
+        "opinion": opinion,
+        "reason": reason,
+        "phrase": phrase,
+        "reward": rollout.reward,
+        "advantage": rollout.advantage,
+        "guidance_tokens": guidance_tokens(rollout, tokenizer, settings),
+    }
 
-    The texts add up to the guidance: a character spelt by several tokens stands with the last of them.
+
+def guidance_tokens(
+    rollout: Rollout, tokenizer: Tokenizer, settings: LossSettings
+) -> list[list[Any]]:
+    """[text, w, π_old] of each of the teacher's tokens; w is None where AAS does not weigh it.
+
+    That is so by guard (c) and with other shapings. The texts add up to the guidance: a character
+    spelt by several tokens stands with the last of them.
     """
-    if rollout.guided_from is None:
+    if rollout.guided_from is None or rollout.old_logprobs is None:
         return []
-    start, lines, waiting = rollout.guided_from, [], []
-    logprobs, advantage = torch.tensor([rollout.old_logprobs[start:]]), torch.tensor([[rollout.advantage]])
-    w = shaped_ratio(logprobs, advantage, config.guards, gamma_min=config.gamma_min, gamma_max=config.gamma_max,
-                     published="gamma" in config.published_items)
-    for token, weight, pi in zip(rollout.response[start:], w[0].tolist(), logprobs[0].exp().tolist()):
+    start = rollout.guided_from
+    logprobs = torch.tensor([rollout.old_logprobs[start:]])  # (1, T)
+    advantage = torch.tensor([[rollout.advantage]])
+    w = shaped_ratio(
+        logprobs,
+        advantage,
+        settings.guards,
+        gamma_min=settings.gamma_min,
+        gamma_max=settings.gamma_max,
+        published=settings.published_gamma,
+    )
+    pi = logprobs.exp()
+    weighed = ~too_unlikely_to_push_down(advantage, pi, settings.unlikely)
+    lines: list[list[Any]] = []
+    waiting: list[int] = []
+    for i, token in enumerate(rollout.response[start:]):
         waiting.append(token)
         text = tokenizer.decode(waiting)
-        whole = not text.endswith("\ufffd")  # or else half a character: wait for the rest
-        weighed = config.shaping == "aas" and not (rollout.advantage < 0 and pi < config.unlikely)
-        lines.append([text if whole else "", round(weight, 4) if weighed else None, round(pi, 4)])
-        waiting = [] if whole else waiting
+        is_whole = not text.endswith("\ufffd")  # half a character waits for the rest
+        has_weight = settings.shaping == "aas" and bool(weighed[0, i])
+        weight = round(w[0, i].item(), 4) if has_weight else None
+        lines.append([text if is_whole else "", weight, round(pi[0, i].item(), 4)])
+        if is_whole:
+            waiting = []
     if waiting:
         lines[-1][0] = tokenizer.decode(waiting)  # bytes that never became a character
     return lines

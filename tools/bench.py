@@ -33,7 +33,15 @@ import torch
 import sampler
 from data import load_problems
 from data.tokenizer import Tokenizer
-from grpo import HeadLogprobs, MasterAdamW, Rollout, logprobs_at, micro_batches, token_logprobs, update
+from grpo import (
+    HeadLogprobs,
+    MasterAdamW,
+    Rollout,
+    logprobs_at,
+    micro_batches,
+    token_logprobs,
+    update,
+)
 from model import LM, ModelConfig
 from run.config import DEMO, Config
 from sampler import RECORDER, generate, prefill

@@ -24,7 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools import hostile  # and nothing else of the program: what is imported before `main` is not instrumented
+from tools import (
+    hostile,  # and nothing else of the program: what is imported before `main` is not instrumented
+)
 
 HERE = Path(__file__).resolve().parents[1]
 MEGABYTES = 2000  # of one process; torch takes some 400
