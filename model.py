@@ -73,10 +73,7 @@ class LM(nn.Module):
         self.companions: dict[str, bytes] = {}
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) int64 -> logits (B, T, vocab_size).
-
-        With a cache, row b's tokens stand at cache.lengths[b] onwards, and are added to it.
-        """
+        """(B, T) int64 -> logits (B, T, vocab_size); with a cache, tokens go behind its own."""
         logits: Tensor = self.head(self.hidden(tokens, cache))
         return logits
 
@@ -213,14 +210,14 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend | None = None) -> Tensor:
-        c = self.config
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
-        if c.qk_norm:
-            q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        H, K, E = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        heads = self.qkv(x).view(B, T, -1, E).transpose(1, 2)  # (B, H + 2K, T, E)
+        if self.config.qk_norm:
+            q, k, v = heads.split([H, K, K], dim=1)
             heads = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
-        qk, v = heads.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
-        q, k = rotate(qk, rope).split([c.n_heads, c.n_kv_heads], dim=1)
+        turned = rotate(heads[:, : H + K], rope)
+        q, k, v = turned[:, :H], turned[:, H:], heads[:, H + K :]
         if attend is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -286,8 +283,7 @@ class KVCache:
         shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        # No row is longer. The device is not asked for it, because that would wait for its work.
-        self.longest = 0
+        self.longest = 0  # no row is longer; to ask the device would mean to wait for it
         self.fixed_reads: int | None = None  # set within a block of steps (see reserve)
         self.prefix = prefix
         self.prefix_length = prefix.longest if prefix else 0  # P
@@ -297,8 +293,7 @@ class KVCache:
         if self.fixed_reads is None:
             self.claim(T)
         reads = self.fixed_reads or self.longest
-        steps = torch.arange(T, device=self.lengths.device)
-        at = self.lengths[:B, None] + steps  # (B, T)
+        at = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
         self.lengths[:B] += T
         if reads == T and not self.prefix_length:
             return Span(at, at, reads, None)
@@ -346,7 +341,8 @@ class KVCache:
         if T > 1:
             y = self.attend_many(layer, q, k, v, span.mask)
         elif self.prefix:
-            y = attend_to_both(q.squeeze(3), *self.prefix_of(layer), k, v, span.mask)
+            prefix_k, prefix_v = self.prefix.first_row(layer, self.prefix_length)
+            y = attend_to_both(q.squeeze(3), prefix_k, prefix_v, k, v, span.mask)
         else:
             # The G query heads stand where times do, so k and v need not be repeated for each.
             y = F.scaled_dot_product_attention(q.squeeze(3), k, v, span.mask)
@@ -356,18 +352,16 @@ class KVCache:
         """Attention from the q (B, K, G, T, E) of several tokens a row: the same shape."""
         if self.prefix:
             rows = (len(q), -1, -1, -1)
-            prefix_k, prefix_v = self.prefix_of(layer)
+            prefix_k, prefix_v = self.prefix.first_row(layer, self.prefix_length)
             k = torch.cat((prefix_k.expand(rows), k), 2)  # (B, K, P + S, E)
             v = torch.cat((prefix_v.expand(rows), v), 2)
         # A group's heads in turn: not every fused attention takes groups when there is a mask.
         heads = [F.scaled_dot_product_attention(head, k, v, mask) for head in q.unbind(2)]
         return torch.stack(heads, 2)
 
-    def prefix_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The shared prefix's keys and values, (K, P, E) each."""
-        assert self.prefix
-        k, v = self.prefix.k[layer, 0], self.prefix.v[layer, 0]
-        return k[:, : self.prefix_length], v[:, : self.prefix_length]
+    def first_row(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first row, (K, length, E) each."""
+        return self.k[layer, 0, :, :length], self.v[layer, 0, :, :length]
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Cut every row back to its true length."""
@@ -397,10 +391,9 @@ class KVCache:
         for store in (self.k, self.v):
             store[:, gaps, :, : self.longest] = store[:, movers, :, : self.longest]
         order[gaps] = movers
-        order = order[:kept]
-        self.lengths[:kept] = self.lengths[order]
+        self.lengths[:kept] = self.lengths[order[:kept]]
         self.longest = int(self.lengths[:kept].max()) if kept else 0
-        return order
+        return order[:kept]
 
 
 def attend_to_both(
@@ -412,19 +405,16 @@ def attend_to_both(
     over the scores of both. The prefix is one matrix product for all rows, not one for each.
     """
     B, K, G, E = q.shape
-
-    def by_row(x: Tensor) -> Tensor:  # (K, B * G, ...) -> (B, K, G, ...)
-        return x.view(K, B, G, *x.shape[2:]).transpose(0, 1)
-
     q = q * E**-0.5
     together = q.transpose(0, 1).reshape(K, B * G, E)
     to_prefix = (together @ prefix_k.transpose(1, 2)).float()  # (K, B * G, P)
     to_own = (q @ k.transpose(2, 3)).float() + mask  # (B, K, G, S)
     # The largest score of both is subtracted before exp, which would overflow otherwise.
-    top = torch.maximum(by_row(to_prefix.amax(-1)), to_own.amax(-1))  # (B, K, G)
+    top_of_prefix = to_prefix.amax(-1).view(K, B, G).transpose(0, 1)
+    top = torch.maximum(top_of_prefix, to_own.amax(-1))  # (B, K, G)
     to_prefix = to_prefix.sub_(top.transpose(0, 1).reshape(K, B * G, 1)).exp_()
     to_own = to_own.sub_(top[..., None]).exp_()
-    total = by_row(to_prefix.sum(-1)) + to_own.sum(-1)
-    from_prefix = by_row(to_prefix.to(q.dtype) @ prefix_v)
+    total = to_prefix.sum(-1).view(K, B, G).transpose(0, 1) + to_own.sum(-1)  # (B, K, G)
+    from_prefix = (to_prefix.to(q.dtype) @ prefix_v).view(K, B, G, E).transpose(0, 1)
     y: Tensor = (from_prefix + to_own.to(q.dtype) @ v) / total[..., None]
     return y.to(q.dtype)

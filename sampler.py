@@ -14,6 +14,7 @@ Shapes: N responses, B rows of the batch, Q prompts, T tokens, D model width, V 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -88,46 +89,44 @@ def check_fit(model: LM, prompts: Prompts, max_tokens: int, prefix: KVCache | No
         raise ValueError(f"prompts must have 1 to {room} tokens: {given}")
 
 
+@dataclass(eq=False)
 class Batch:
     """The rows at work, of which the first `active` have a response: row b writes response[b].
 
     A step has a fixed shape, so a row that has nothing to write must write somewhere. It writes to
-    a spare last line, which belongs to no response.
+    a spare last line of the output, which belongs to no response.
     """
 
-    def __init__(
-        self,
-        model: LM,
-        cache: KVCache,
-        uniform: Tensor,
-        stop: Iterable[int],
-        temperature: float,
-        top_p: float,
-        on_step: OnStep | None,
-    ) -> None:
-        self.model, self.cache = model, cache
-        self.temperature, self.top_p, self.on_step = temperature, top_p, on_step
-        self.spare = len(uniform)  # the line's number
-        # Token t of response i is drawn with the number at (i, t), whenever and in whichever row:
-        # so a response depends neither on its neighbours nor on when they end. (N + 1, max_tokens)
-        self.uniform = F.pad(uniform, (0, 0, 0, 1), value=1.0).to(model.device)
-        self.tokens_out = torch.zeros_like(self.uniform, dtype=torch.int64)
+    model: LM
+    cache: KVCache
+    # (N, max_tokens). Token t of response i is drawn with the number at (i, t), whenever and in
+    # whichever row: so a response depends neither on its neighbours nor on when they end.
+    uniform: Tensor
+    stop: Iterable[int]
+    temperature: float
+    top_p: float
+    on_step: OnStep | None
+
+    def __post_init__(self) -> None:
+        self.spare = len(self.uniform)  # N, the line's number
+        self.uniform = F.pad(self.uniform, (0, 0, 0, 1), value=1.0).to(self.model.device)
+        self.tokens_out = torch.zeros_like(self.uniform, dtype=torch.int64)  # (N + 1, max_tokens)
         self.logprobs_out = torch.zeros_like(self.uniform)
-        # Each row's response, and its newest token: the number t of that response; done: its last.
-        self.response = torch.full_like(cache.lengths, self.spare)  # (B,), like the next three
-        self.t, self.tokens = torch.zeros_like(self.response), torch.zeros_like(self.response)
-        self.done = torch.ones_like(self.response, dtype=torch.bool)
+        self.response = torch.full_like(self.cache.lengths, self.spare)  # (B,) and the next three
+        self.tokens = torch.zeros_like(self.response)  # its newest token,
+        self.t = torch.zeros_like(self.response)  # how many stand before that one,
+        self.done = torch.ones_like(self.response, dtype=torch.bool)  # and whether it was the last
         self.active = 0
-        vocab = model.config.vocab_size
-        self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=model.device)  # (V,)
-        # A file for a larger model may name ids that this one cannot emit.
-        self.is_stop[[i for i in stop if 0 <= i < vocab]] = True
+        vocab = self.model.config.vocab_size
+        self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=self.model.device)
+        # A model directory may name ids that the model cannot emit: they came from a larger one.
+        self.is_stop[[i for i in self.stop if 0 <= i < vocab]] = True
 
     def run(self, queue: Queue, block: int) -> None:
         """Write all responses, looking which have ended after each step or `block` of them."""
         rows = len(self.response)
         while queue.left or self.active:
-            # A pass over one prompt costs a whole step, so it waits until an eighth is free.
+            # Even a pass over one prompt costs a whole step: wait until an eighth of rows is free.
             if queue.left and (8 * (rows - self.active) >= rows or not self.active):
                 self.fill_from(queue)
             elif block:
@@ -137,16 +136,15 @@ class Batch:
             self.remove_done()
 
     def fill_from(self, queue: Queue) -> None:
-        """Give every free row a response, as far as they go, and draw its first token."""
-        free, first = len(self.response) - self.active, queue.next
+        """Give every free row a response, while any wait, and draw its first token."""
+        rows, first_row, first = len(self.response), self.active, queue.next
         logits: list[Tensor] = []
-        while queue.left and queue.next < first + free:
-            row = self.active + queue.next - first
-            logits.append(queue.enter(self.cache, row, first + free - queue.next))
-        new = slice(self.active, self.active + queue.next - first)
+        while queue.left and self.active < rows:
+            logits.append(queue.enter(self.cache, self.active, rows - self.active))
+            self.active += len(logits[-1])
+        new = slice(first_row, self.active)
         self.response[new] = torch.arange(first, queue.next, device=self.t.device)
         self.t[new], self.done[new] = 0, False
-        self.active = new.stop
         self.draw(new, torch.cat(logits))
 
     def step(self, B: int) -> None:
@@ -206,6 +204,7 @@ class Batch:
         return responses, [row[:n] for row, n in zip(logprobs.tolist(), lengths)]
 
 
+@dataclass
 class Queue:
     """The responses that have no row yet, in order.
 
@@ -213,10 +212,12 @@ class Queue:
     last sample of its last prompt has entered.
     """
 
-    def __init__(self, model: LM, prompts: Prompts, samples: int, prefix: KVCache | None) -> None:
-        self.model, self.prompts, self.samples, self.prefix = model, prompts, samples, prefix
-        self.next = 0  # the first response that waits
-        self.computed: tuple[range, KVCache, Tensor] | None = None  # the pass: see enter
+    model: LM
+    prompts: Prompts
+    samples: int
+    prefix: KVCache | None
+    next: int = 0  # the first response that waits
+    computed: tuple[range, KVCache, Tensor] | None = None  # a pass: prompts, cache, logits after
 
     @property
     def left(self) -> int:
@@ -383,10 +384,7 @@ def identity(value: Any) -> Any:
 
 
 def record(step: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], Any]:
-    """Record what `step` launches on the GPU, without running it.
-
-    Returns what runs it, and the pool of its tensors' memory.
-    """
+    """Record what `step` launches, without running it: what runs it, and its memory's pool."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         outputs = step()

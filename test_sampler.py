@@ -240,6 +240,25 @@ def test_a_compiled_step_equals_the_plain_one_bit_for_bit(name, recorded):
     assert not sampler.RECORDER.recordings and sampler.RECORDER.pool is None  # no memory is kept
 
 
+def test_a_compiled_step_reads_the_shared_prefix_as_the_plain_one_does(recorded):
+    model = liven(LM(replace(SMALL, n_layers=1)))
+    head = random_tokens(sampler.SHARE_FROM, seed=7).tolist()
+    prompts = [head + tail for tail in prompts_of(3, 8, 5)]
+    found, expected = (
+        generate(
+            model,
+            prompts,
+            max_tokens=20,
+            stop=STOP,
+            samples=4,
+            logprobs=True,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for model.compiled in (True, False)
+    )
+    assert found == expected and recorded
+
+
 @pytest.mark.slow
 def test_more_ways_to_sample_than_torch_keeps_traces_of_are_no_error(recorded):
     options = dict(max_tokens=12, stop=STOP, samples=8, logprobs=True)
