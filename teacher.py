@@ -133,12 +133,23 @@ class Teacher:
     def remember_exemplars(self) -> None:
         """Keep the keys and values of what every prompt begins with, because the weights never change."""
         self.prefix_ids = self.prompt("", "")
-        if len(self.prefix_ids) > self.max_prompt:
+        taken, room = len(self.prefix_ids), self.max_prompt
+        if taken > room:
             raise ValueError(
-                f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the {self.max_prompt} "
-                "its prompt may have; raise --teacher-prompt or use a longer context"
+                f"the teacher's exemplars take {taken} tokens, more than the {room} its prompt may "
+                f"have: {self.more_room()}"
             )
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
+
+    def more_room(self) -> str:
+        """What to do so that the exemplars fit; `ask` has the last of these three alone."""
+        taken, context = len(self.prefix_ids), self.model.config.max_seq_len
+        if taken < context - self.max_tokens:
+            return f"raise --teacher-prompt well above {taken}"
+        longer = "give a teacher with a longer context"
+        if taken < context:
+            return f"lower --teacher-reply of train well below {context - taken}, or {longer}"
+        return longer
 
     def prompt(self, question: str, attempt: str) -> list[int]:
         """The ids of a request. This is the one place where a teacher's prompt is made."""
