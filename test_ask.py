@@ -199,7 +199,13 @@ def test_votes_are_grouped_by_the_comparison_that_grades():
     assert vote(boxes("5 \\text{ cm}", "5 \\text{ kg}", "5 \\text{ kg}")) == [("5 \\text{ kg}", 2), ("5 \\text{ cm}", 1)]
     scores = score([(Problem("q", "x=5"), text, True) for text in boxes("y=5", "x=5", "x=5", "x=5")], samples=4)
     assert (scores["accuracy"], scores["maj@4"]) == (0.75, 1)
-    assert vote(boxes("A", "b", "B"), lambda given, answer: given.lower() == answer.lower()) == [("b", 2), ("A", 1)]
+
+    def lenient(given, answer):
+        return given.lower() == answer.lower()
+
+    assert vote(boxes("A", "b", "B"), lenient) == [("b", 2), ("A", 1)]
+    records = [(Problem("q", "b"), text, True) for text in boxes("A", "b", "B")]
+    assert score(records, 3)["maj@3"] == 0 and score(records, 3, lenient)["maj@3"] == 1
 
 
 def test_a_vote_counts_for_the_first_kind_whose_first_answer_it_equals():

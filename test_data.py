@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import Problem, agreement, grading, gsm8k, load_problems, reward
@@ -312,6 +312,7 @@ def is_one_token(expression):
     return expression in (("leaf", "x"), ("leaf", "y"), ("leaf", r"\pi "))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(expressions(), expressions(), st.data())
 def test_two_spellings_are_equal_exactly_when_the_expressions_are(one, other, data):
     assert equal(spelled(one, data.draw), spelled(one, data.draw))
@@ -321,6 +322,7 @@ def test_two_spellings_are_equal_exactly_when_the_expressions_are(one, other, da
 UNITS = ["eggs", "apples", "km", "km/h", "m", "s", "miles per hour", "cm^2", "cm^3", "square feet", "dollars", "euros", "degrees"]
 
 
+@settings(deadline=None)
 @given(st.integers(-10**6, 10**6), st.sampled_from(UNITS), st.sampled_from(UNITS), st.integers(-10**6, 10**6), st.data())
 def test_a_unit_in_words_may_be_left_out_but_not_changed(number, unit, other_unit, other_number, data):
     def written(n, unit):
@@ -335,6 +337,7 @@ def test_a_unit_in_words_may_be_left_out_but_not_changed(number, unit, other_uni
     assert equal(written(number, unit), str(other_number)) == (number == other_number)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**7), st.integers(1, 99), st.integers(2, 100), st.booleans())
 def test_mixed_numbers_and_thousands(whole, top, bottom, negative):
     sign, value = ("-", -1) if negative else ("", 1)
@@ -343,6 +346,7 @@ def test_mixed_numbers_and_thousands(whole, top, bottom, negative):
     assert equal(f"{sign}{whole:,}".replace(",", r"\,"), f"{sign}{whole}")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["1", "-2", "0.5", "x", r"\pi", "(1,2)", r"\sqrt{2}"]), min_size=1, max_size=6), st.randoms())
 def test_a_set_has_no_order_and_a_tuple_has(elements, rng):
     shuffled = rng.sample(elements, len(elements))
