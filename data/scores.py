@@ -9,7 +9,7 @@ def score(records, samples=1, equal=equal) -> dict:
     """Accuracy and reflection of (problem, text, finished) records, `samples` in a row for each problem.
 
     Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and maj@k join it.
-    `equal(given, answer)` compares final answers: with the reference, and with each other for the votes of maj@k.
+    `equal(given, answer)` compares final answers: with the reference, and for maj@k with each other.
     """
     right = [finished and is_correct(text, p.answer, equal) for p, text, finished in records]
     first = [first_is_right(text, p.answer, equal) for p, text, _ in records]
@@ -56,10 +56,10 @@ def majority(records, equal=equal) -> float:
 
 
 def vote(texts, equal=equal) -> list[tuple[str, int]]:
-    """The final answers of `texts` and how often each was given: the commonest first, the earlier of a tie.
+    """The final answers of `texts` and how often each was given: commonest first, earlier of a tie.
 
-    An answer is counted with the first of the earlier kinds whose first member it equals, and stands for
-    a kind of its own if there is none. So each answer has one vote although `equal` is not transitive.
+    An answer is counted with the first of the earlier kinds whose first member it equals, and is the
+    first of a new kind if there is none. So it has one vote although `equal` is not transitive.
     """
     votes: dict[str, int] = {}
     for given in filter(None, map(final_answer, texts)):
@@ -74,5 +74,5 @@ def first_is_right(text: str, answer: str, equal=equal) -> bool:
 
 
 def reflects(text: str) -> bool:
-    """The response commits to an answer and then to another: more than one box that is not empty."""
+    """The response commits to an answer and then to another: more than one box that holds one."""
     return len(answers(text)) > 1
