@@ -124,9 +124,10 @@ import thinktuning
 from thinktuning import main
 from data import tokenizer
 from run.record import Run
-from teacher import Feedback, Teacher
+from teacher import Teacher
 tokenizer.stop_ids = lambda *_: set(range(128, 256))
-Teacher.feedback = lambda self, questions, _: [Feedback("incorrect", "Hmm.", "x")] * len(questions)
+REPLY = "<opinion>incorrect</opinion><reason>Hmm.</reason><phrase>x</phrase>"
+Teacher.ask = lambda self, questions, _: [REPLY] * len(questions)
 thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
 {extra}
 sys.exit(main())
