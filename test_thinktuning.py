@@ -110,6 +110,11 @@ def test_without_a_teacher_nobody_is_asked_and_the_rest_is_the_same_step(monkeyp
     assert re.fullmatch("(126{12}78{3}){2}", order), order
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_process_without_questions_has_nothing_to_compare():
+    thinktuning.set_advantages([], 4)
+
+
 @pytest.mark.parametrize("method", ["grpo", "thinktuning"])
 def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeypatch):
     def run(seed):
