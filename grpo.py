@@ -71,7 +71,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     shape = tuple(rewards.shape)
     if len(shape) != 2 or not rewards.isfinite().all():
         raise ValueError(f"rewards must be a matrix of finite numbers (Q, G), not {shape}")
-    if shape[1] < 2:  # the std of one number does not exist
+    if shape[0] == 0 or shape[1] < 2:  # no group, or one number, whose std does not exist
         return torch.zeros_like(rewards)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     centred = rewards - rewards.mean(dim=1, keepdim=True)

@@ -133,22 +133,21 @@ class Teacher:
     def remember_exemplars(self) -> None:
         """Keep the keys and values of what every prompt begins with, because the weights never change."""
         self.prefix_ids = self.prompt("", "")
-        taken, room = len(self.prefix_ids), self.max_prompt
-        if taken > room:
+        if len(self.prefix_ids) > self.max_prompt:
             raise ValueError(
-                f"the teacher's exemplars take {taken} tokens, more than the {room} its prompt may "
-                f"have: {self.more_room()}"
+                f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the "
+                f"{self.max_prompt} its prompt may have: {self.more_room()}"
             )
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
 
     def more_room(self) -> str:
-        """What to do so that the exemplars fit; `ask` has the last of these three alone."""
-        taken, context = len(self.prefix_ids), self.model.config.max_seq_len
-        if taken < context - self.max_tokens:
-            return f"raise --teacher-prompt well above {taken}"
+        """What makes room for the exemplars. `ask` has no flag for it, and gives the teacher all room."""
+        needed, context = len(self.prefix_ids), self.model.config.max_seq_len
+        if needed < context - self.max_tokens:
+            return f"raise --teacher-prompt well above {needed}"
         longer = "give a teacher with a longer context"
-        if taken < context:
-            return f"lower --teacher-reply of train well below {context - taken}, or {longer}"
+        if needed < context:
+            return f"lower --teacher-reply of train well below {context - needed}, or {longer}"
         return longer
 
     def prompt(self, question: str, attempt: str) -> list[int]:

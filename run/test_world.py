@@ -99,9 +99,10 @@ import thinktuning
 from thinktuning import main
 from data import tokenizer
 from run.record import Run
-from teacher import Feedback, Teacher
+from teacher import Teacher
 tokenizer.stop_ids = lambda *_: set(range(128, 256))
-Teacher.feedback = lambda self, questions, _: [Feedback("incorrect", "Hmm.", "x")] * len(questions)
+REPLY = "<opinion>incorrect</opinion><reason>Hmm.</reason><phrase>x</phrase>"
+Teacher.ask = lambda self, questions, _: [REPLY] * len(questions)
 thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
 {extra}
 sys.exit(main())
@@ -138,6 +139,47 @@ def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path, dtype)
     assert [m["step"] for m in metrics(run)] == list(range(6)) and all(m["active_share"] > 0 for m in metrics(run))
     assert "eval_accuracy" in metrics(run)[-1]
     assert LM.load(run / "model").embed.weight.isfinite().all()
+
+
+SAYS_THE_SAME = """
+# The student's words depend on the question alone, so one process and two sample the same rollouts.
+import random
+import torch
+from grpo import token_logprobs
+def generate(model, prompts, *, samples=1, logprobs=False, **_):
+    responses = []
+    for prompt in prompts:
+        rng = random.Random(str(prompt))
+        for _ in range(samples):
+            words = [rng.randrange(300, 400) for _ in range(rng.randint(2, 9))]
+            responses.append(words + [200] if rng.random() < 0.8 else words)
+    known = [token_logprobs(model, torch.tensor([prompts[i // samples] + r]))[0, -len(r):].tolist()
+             for i, r in enumerate(responses)]
+    return (responses, known) if logprobs else responses
+thinktuning.generate = generate
+"""
+
+
+@pytest.mark.parametrize("mini_batch", ["2", "1"])  # 1: the first process has no questions
+def test_two_processes_train_as_one_does(start, tmp_path, mini_batch):
+    """The same are helped, the same is learned from the same mini-batches."""
+    for processes in (1, 2):
+        command = [script(tmp_path, SAYS_THE_SAME), "train", "--model", start, "--steps", "4"]
+        command += ["--out", tmp_path / f"run{processes}", "--schedule", "constant", "--p-init", "0.5"]
+        command += [*FLAGS, "--mini-batch", mini_batch, "--kl-coef", "0.1"]
+        status, output = torchrun(*command, processes=processes)
+        assert status == 0, output
+        assert "Warning" not in output, output
+    one, two = metrics(tmp_path / "run1"), metrics(tmp_path / "run2")
+    assert sum(m["guided"] for m in one) > 3 and len(one) == len(two) == 4
+    for ours, theirs in zip(one, two):
+        del ours["tokens_per_second"], theirs["tokens_per_second"]
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-4), key
+    alone, together = (LM.load(tmp_path / f"run{n}" / "model") for n in (1, 2))
+    for ours, theirs in zip(alone.parameters(), together.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-3  # AdamW's steps of 1e-2, rounding apart
 
 
 def test_the_death_of_one_process_ends_the_others(start, tmp_path):

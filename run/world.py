@@ -1,8 +1,9 @@
 """Several processes on one run: `torchrun --nproc-per-node N thinktuning.py train ...`.
 
-Every process samples its share of a step's questions and asks the teacher about its share of the attempts. Then all of them
-know all rollouts, so choosing, rewards and advantages are worked out everywhere alike, and each computes its share of the
-gradient. PyTorch's FSDP2 keeps the weights, their gradients and the optimiser's state in N parts and does the adding up;
+Each process has its own share of the questions of every mini-batch: it samples, asks the teacher,
+rewards and compares by itself, because groups never cross questions. The processes meet in the update
+(the tokens of the mean, the gradient), for the metrics, and to agree when to stop.
+PyTorch's FSDP2 keeps the weights, their gradients and the optimiser's state in N parts and does the adding up;
 for sampling each process has a copy in one piece, since rows end at different times and nobody should wait at every token.
 """
 
