@@ -231,8 +231,8 @@ def chosen(args, before: dict) -> Config:
     """A run's settings: from its flags; else from the run that is resumed; else from the preset.
 
     `before` is the config.json of the run that is resumed. So a setting whose flag is left out
-    stays what it was. That includes what the program chose: the micro-batch (another one would round
-    differently), the steps, and the steps of the schedule.
+    stays what it was. That includes what the program chose: the micro-batch (another one would
+    round differently), the steps, and the steps of the schedule.
     """
     for name in KEPT:
         if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
