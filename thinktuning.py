@@ -46,7 +46,7 @@ from grpo import LossSettings, MasterAdamW, Rollout, group_advantages, snapshot,
 from model import LM
 from run import sinks
 from run.cli import parse_args
-from run.config import Config, check_used, chosen, named_settings, told_longer
+from run.config import Config, check_used, chosen, named_settings, note_on_more_steps
 from run.errors import run_command
 from run.loading import device_and_dtype, fitting, load_model
 from run.loop import Loop, Metrics
@@ -338,7 +338,7 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
     config = replace(config, schedule_steps=config.schedule_steps or config.steps)
     if world.is_first:
-        print(plan.describe(config, sizes, device, free) + told_longer(config, before))
+        print(plan.describe(config, sizes, device, free) + note_on_more_steps(config, before))
     validation = []
     if args.eval_data:
         validation = load_problems(args.eval_data, "test")

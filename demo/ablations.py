@@ -1,4 +1,4 @@
-"""Ablations: the same base model, budget and problems, one thing changed."""
+"""Ablations: the same base model, budget and problems, with one thing changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from teacher import parse_feedback
 
 
 def shuffled(ask, rng):
-    """Every reply goes to the next question's rollout: the words stay, the sense goes."""
+    """Give every reply to the next question's rollout: the words stay, the sense is lost."""
 
     def ask_and_shift(questions, attempts):
         replies = ask(questions, attempts)
@@ -28,7 +28,7 @@ def shuffled(ask, rng):
 
 
 def corrupted(share):
-    """The final answer of `share` of the replies becomes another number; the steps before it stay."""
+    """Make the final answer wrong in `share` of the replies; the steps before it stay."""
 
     def wrap(ask, rng):
         def ask_and_spoil(questions, attempts):
@@ -49,74 +49,108 @@ def spoiled(reply: str, share: float, rng: random.Random) -> str:
     return f"{start}\\boxed{{{rng.choice(others)}}}{end}"
 
 
-STRESS = dict(epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20)
+# A variant is a name, what changes in the configuration, and a function that wraps the teacher's
+# `ask` (or None).
+
 GRPO = {
-    "GRPO": ({"method": "grpo"}, None),
-    "GRPO, four times the steps": ({"method": "grpo", "steps": 4 * DEMO["steps"]}, None),
+    "GRPO": (dict(method="grpo"), None),
+    "GRPO, four times the steps": (dict(method="grpo", steps=4 * DEMO["steps"]), None),
 }
-VARIANTS = {  # name: (what changes in the configuration, what happens to the teacher)
-    "all": {
-        "ThinkTuning": ({}, None),
-        "no AAS: ordinary ratio": ({"shaping": "ratio"}, None),
-        "γ constant, as published": ({"published": "gamma"}, None),
-        "whole trajectory guided": ({"guided_tokens": "trajectory"}, None),
-        "teacher for the whole run": ({"schedule": "constant"}, None),
-        "feedback shuffled": ({}, shuffled),
-        **GRPO,
-    },
+PARTS_LEFT_OUT = {
+    "ThinkTuning": ({}, None),
+    "no AAS: ordinary ratio": (dict(shaping="ratio"), None),
+    "γ constant, as published": (dict(published="gamma"), None),
+    "whole trajectory guided": (dict(guided_tokens="trajectory"), None),
+    "teacher for the whole run": (dict(schedule="constant"), None),
+    "feedback shuffled": ({}, shuffled),
+}
+LOSSES = {
+    "AAS": {},
+    "ordinary ratio, clipped": dict(shaping="ratio"),
+    "-A log p, guard (c) on": dict(shaping="likelihood"),
+    "-A log p": dict(shaping="likelihood", unlikely=0.0),
+    "γ constant, guarded": dict(published="gamma"),
+    "γ constant, no guards": dict(published="gamma", guards=False, unlikely=0.0),
+}
+
+
+def under_stress() -> dict:
+    """Every loss under a high learning rate, four epochs, and a teacher that is often wrong."""
+    stress = dict(
+        epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20
+    )
+    variants = {}
+    for name, loss in LOSSES.items():
+        variants[name] = (dict(stress, **loss), corrupted(0.5))
+    return variants
+
+
+def learning_rates() -> dict:
+    variants = {}
+    for method in ("grpo", "thinktuning"):
+        for learning_rate in (3e-5, 1e-4, 3e-4, 1e-3):
+            changes = dict(method=method, learning_rate=learning_rate)
+            variants[f"{method}, {learning_rate:g}"] = (changes, None)
+    return variants
+
+
+VARIANTS = {
+    "all": {**PARTS_LEFT_OUT, **GRPO},
     "long": GRPO,
-    "stress": {
-        "AAS": (STRESS, corrupted(0.5)),
-        "ordinary ratio, clipped": (STRESS | {"shaping": "ratio"}, corrupted(0.5)),
-        "-A log p, guard (c) on": (STRESS | {"shaping": "likelihood"}, corrupted(0.5)),
-        "-A log p": (STRESS | {"shaping": "likelihood", "unlikely": 0.0}, corrupted(0.5)),
-        "γ constant, guarded": (STRESS | {"published": "gamma"}, corrupted(0.5)),
-        "γ constant, no guards": (
-            STRESS | {"published": "gamma", "guards": False, "unlikely": 0.0},
-            corrupted(0.5),
-        ),
-    },
-    "rates": {
-        f"{method}, {rate:g}": ({"method": method, "learning_rate": rate}, None)
-        for method in ("grpo", "thinktuning")
-        for rate in (3e-5, 1e-4, 3e-4, 1e-3)
-    },
+    "stress": under_stress(),
+    "rates": learning_rates(),
 }
 
 
 def ablate(setup: Setup, which, repeats):
-    """Train every variant `repeats` times from one base; prints each run's accuracy and reflection, and means over the runs."""
-    split = (
-        "validation" if which == "rates" else "test"
-    )  # rates are tuned, so never on the test problems
+    """Train every variant `repeats` times from one base model, and print how each did."""
+    # A learning rate is chosen by its result, so its problems must not be the test problems.
+    split = "validation" if which == "rates" else "test"
     problems = load_problems("wordproblems", split)
-    base, config, out = base_model(setup)[0], setup.config, setup.out
+    base, _ = base_model(setup)
+    path = setup.out / f"ablate-{which}.json"
     rows = {}
     for name, (changes, wrap) in VARIANTS[which].items():
         outcomes = []
         for repeat in range(repeats):
-            changed = replace(config, **changes, seed=config.seed + 1000 * repeat)
-            changed = replace(changed, steps=config.steps) if setup.quick else changed
-            began = time.perf_counter()
-            student, history = train_one(setup, base, changed, wrap=wrap)
-            if len(history) < changed.steps:
-                return print(f"stopped; finished variants are in {out / f'ablate-{which}.json'}")
-            spent = {"seed": changed.seed, "seconds": time.perf_counter() - began}
-            outcomes.append(examine(setup, student, problems)[0] | spent)
+            outcome = run_variant(setup, base, problems, changes, wrap, repeat)
+            if outcome is None:
+                print(f"stopped; finished variants are in {path}")
+                return
+            outcomes.append(outcome)
             progress(
-                f"{name}, run {repeat + 1} of {repeats}: accuracy {outcomes[-1]['accuracy']:.3f}, "
-                f"reflects {outcomes[-1]['reflection_rate']:.3f}",
+                f"{name}, run {repeat + 1} of {repeats}: accuracy {outcome['accuracy']:.3f}, "
+                f"reflects {outcome['reflection_rate']:.3f}",
                 last=True,
             )
         rows[name] = outcomes
-        write_json(out / f"ablate-{which}.json", rows)
-    print(
-        f"\n{which}: {len(problems)} {split} problems, one base model; mean ± standard error over {repeats} training seeds"
-    )
+        write_json(path, rows)
+    print(f"\n{which}: {len(problems)} {split} problems, one base model; ", end="")
+    print(f"mean ± standard error over {repeats} training seeds")
     for name, outcomes in rows.items():
-        accuracy, se = mean_and_se([o["accuracy"] for o in outcomes])
-        reflects, reflects_se = mean_and_se([o["reflection_rate"] for o in outcomes])
-        print(
-            f"{name:<28} accuracy {accuracy:.3f} ± {se:.3f}   reflects {reflects:.3f} ± {reflects_se:.3f}   "
-            f"took off in {sum(o['reflection_rate'] > 0.5 for o in outcomes)} of {repeats}"
-        )
+        print(summary_line(name, outcomes))
+
+
+def run_variant(setup: Setup, base, problems, changes, wrap, repeat) -> dict | None:
+    """Train and examine one variant with one seed; None if the training was stopped."""
+    seed = setup.config.seed + 1000 * repeat
+    changed = replace(setup.config, **changes, seed=seed)
+    if setup.quick:
+        changed = replace(changed, steps=setup.config.steps)
+    began = time.perf_counter()
+    student, history = train_one(setup, base, changed, wrap=wrap)
+    if len(history) < changed.steps:
+        return None
+    seconds = time.perf_counter() - began
+    scores, _ = examine(setup, student, problems)
+    return {**scores, "seed": seed, "seconds": seconds}
+
+
+def summary_line(name, outcomes) -> str:
+    accuracy, accuracy_se = mean_and_se([o["accuracy"] for o in outcomes])
+    reflects, reflects_se = mean_and_se([o["reflection_rate"] for o in outcomes])
+    took_off = sum(o["reflection_rate"] > 0.5 for o in outcomes)
+    return (
+        f"{name:<28} accuracy {accuracy:.3f} ± {accuracy_se:.3f}   "
+        f"reflects {reflects:.3f} ± {reflects_se:.3f}   took off in {took_off} of {len(outcomes)}"
+    )

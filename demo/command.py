@@ -1,4 +1,4 @@
-"""`python thinktuning.py` without a command: the demonstration, an ablation, or the novelty test."""
+"""`python thinktuning.py` without a command: demonstration, ablation, or novelty test."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from run.record import writable
 
 
 def prepare(args, train, evaluate):
-    """Check the flags and directories; returns the demonstration (or an ablation) as a function to call."""
+    """Check the flags and directories; returns the job to run: one of the three above."""
     if not 0 <= args.floor <= 1:
         raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
     if args.repeats and not args.ablate:
         raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
     if args.preset == "mentor" and args.ablate:
         raise ValueError("--preset mentor does not go with --ablate: leave one of them out")
-    config = Config(**DEMO)
-    config = replace(config, seed=args.seed, steps=4 if args.quick else config.steps)
+    config = replace(Config(**DEMO), seed=args.seed)
+    recipe = dict(RECIPE, seed=args.seed, floor=args.floor)
+    if args.quick:
+        config = replace(config, steps=4)
+        recipe["steps"] = 40
     config.check()
     name = f"{args.preset}-{args.seed}"
     if args.floor != FLOOR:
@@ -34,13 +37,10 @@ def prepare(args, train, evaluate):
         name += "-quick"
     out = Path(args.out or f"out/{name}")
     writable(out)
-    # Matrices this small gain little from more threads, lose a lot on a busy machine, and
-    # a run on one repeats exactly however many cores there are.
+    # One thread: matrices this small gain little from more, lose a lot on a busy machine, and so a
+    # run repeats exactly on any number of cores.
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
-    recipe = dict(
-        RECIPE, seed=args.seed, floor=args.floor, steps=40 if args.quick else RECIPE["steps"]
-    )
     setup = Setup(train, evaluate, Tokenizer.builtin(), config, recipe, out, cache, args.quick)
     if args.preset == "mentor":
         return lambda: novelty.compare(setup)

@@ -1,6 +1,7 @@
-"""The demonstration: one tiny base model from scratch, then GRPO and ThinkTuning from the same weights, side by side.
+"""The demonstration: one tiny base model, then GRPO and ThinkTuning from its weights.
 
-What the base model reads is the list in `READS`; everything else is the program that also trains real models.
+`demo.base.READS` lists what the base model reads. Everything else is the program that also trains
+real models.
 """
 
 from __future__ import annotations
@@ -18,71 +19,103 @@ from run.record import Run, write_json
 from show.report import write_report
 from teacher import make_teacher
 
-CURVE = dict(
-    eval_every=5, eval_count=100
-)  # validation problems answered while training, for the report's curves
+METHODS = ("grpo", "thinktuning")
+CURVE = dict(eval_every=5, eval_count=100)  # evaluations during training, for the report's curves
 
 
 def demonstrate(setup: Setup):
-    out, tokenizer, config, quick = setup.out, setup.tokenizer, setup.config, setup.quick
+    """Make the base model, train it by both methods, examine all three, print and write it."""
+    out, config = setup.out, setup.config
     began = time.perf_counter()
-    for name in ("summary.json", "report.html"):
-        (out / name).unlink(missing_ok=True)  # an old table must not stand beside new models
+    remove_old_results(out)
     base, seconds = base_model(setup)
-    test = load_problems("wordproblems", "test")
-    test = test[:50] if quick else test
+    test = held_out_problems(setup)
     results, records, curves = {}, {}, {}
-    results["base"], records["base"] = examine(setup, base, test, samples=2 if quick else 24)
-    results["base"] |= teacher_prompt_scores(base, tokenizer, test, records["base"], config)
-    for method in ("grpo", "thinktuning"):
+    scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 24)
+    reference = teacher_prompt_scores(base, setup.tokenizer, test, records["base"], config)
+    results["base"] = {**scores, **reference, "seconds": seconds["pretrain"]}
+    for method in METHODS:
         started = time.perf_counter()
-        student, curves[method] = train_one(
-            setup, base, replace(config, method=method, **CURVE), out / method
-        )
+        changed = replace(config, method=method, **CURVE)
+        student, curves[method] = train_one(setup, base, changed, out / method)
         seconds[method] = time.perf_counter() - started
-        student.save(out / method / "model", tokenizer)
-        if len(curves[method]) < config.steps:
-            return print(
-                f"stopped at step {len(curves[method])}; that model is in {out / method / 'model'}"
-            )
-        results[method], records[method] = examine(setup, student, test)
+        if not save_trained(setup, student, method, curves[method]):
+            return
+        scores, records[method] = examine(setup, student, test)
+        results[method] = {**scores, "seconds": seconds[method]}
     seconds["total"] = time.perf_counter() - began
-    for name, phase in (("base", "pretrain"), ("grpo", "grpo"), ("thinktuning", "thinktuning")):
-        results[name]["seconds"] = seconds[phase]
-    write_json(
-        out / "summary.json",
-        {
-            **results,
-            "seconds": seconds,
-            "seed": config.seed,
-            "floor": setup.recipe["floor"],
-            "steps": config.steps,
-            "quick": quick,
-        },
-    )
-    write_report(out)
+    write_summary(setup, results, seconds=seconds)
+    print(f"\n{chart(curves)}\n\n{table(results, len(test))}\n\n{same_question(records)}")
+    total = seconds.pop("total")
+    spent = ", ".join(f"{name} {part:.0f}" for name, part in seconds.items())
     print(
-        "\n" + chart(curves) + "\n\n" + table(results, len(test)) + "\n\n" + same_question(records)
-    )
-    print(
-        f"\n{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')}); "
-        f"models, metrics and transcripts are in {out}/, "
+        f"\n{total:.0f} s in all ({spent}); models, metrics and transcripts are in {out}/, "
         f"{out}/report.html shows them"
     )
 
 
+# These are shared with the novelty test.
+
+
+def remove_old_results(out):
+    """Delete the old table and report, because they would not belong to the new models."""
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+
+
+def held_out_problems(setup: Setup):
+    problems = load_problems("wordproblems", "test")
+    return problems[:50] if setup.quick else problems
+
+
+def save_trained(setup: Setup, student, method, history) -> bool:
+    """Save a trained student; says so and returns False if its training was stopped."""
+    directory = setup.out / method / "model"
+    student.save(directory, setup.tokenizer)
+    if len(history) < setup.config.steps:
+        print(f"stopped at step {len(history)}; that model is in {directory}")
+        return False
+    return True
+
+
+def write_summary(setup: Setup, results: dict, **more):
+    summary = {
+        **results,
+        **more,
+        "seed": setup.config.seed,
+        "floor": setup.recipe["floor"],
+        "steps": setup.config.steps,
+        "quick": setup.quick,
+    }
+    write_json(setup.out / "summary.json", summary)
+    write_report(setup.out)
+
+
 def train_one(
-    setup: Setup, base, config, path=None, wrap=None, name="the demonstration's base", **more
+    setup: Setup,
+    base,
+    config,
+    path=None,
+    *,
+    wrap=None,
+    name="the demonstration's base",
+    bonus=None,
 ):
-    """Train a copy of `base` by `config.method`; returns it and the metrics of every step. The base is the teacher."""
+    """Train a copy of `base` by `config.method`; returns it and the metrics of every step.
+
+    The teacher is `base` itself. `wrap(ask, rng)` may replace how it is asked. With `path` the run
+    is recorded there, and `name` is what its config.json calls the model.
+    """
     student = copy.deepcopy(base).requires_grad_(True)
-    teacher = (
-        make_teacher(base, setup.tokenizer, config) if config.method == "thinktuning" else None
-    )
-    if teacher and wrap:
-        teacher.ask = wrap(teacher.ask, random.Random(config.seed))
-    run = Run(path, {"model": name, **vars(config)}, config.method) if path else None
-    validation = load_problems("wordproblems", "validation")[: config.eval_count] if path else ()
+    teacher = None
+    if config.method == "thinktuning":
+        teacher = make_teacher(base, setup.tokenizer, config)
+        if wrap:
+            teacher.ask = wrap(teacher.ask, random.Random(config.seed))
+    run, validation = None, ()
+    if path:
+        run = Run(path, {"model": name, **vars(config)}, config.method)
+        validation = load_problems("wordproblems", "validation")[: config.eval_count]
     history = setup.train(
         student,
         setup.tokenizer,
@@ -91,7 +124,7 @@ def train_one(
         teacher=teacher,
         run=run,
         validation=validation,
-        **more,
+        bonus=bonus,
     )
     if run:
         run.close()
@@ -100,21 +133,23 @@ def train_one(
 
 
 def examine(setup: Setup, student, problems, samples=1):
-    """Greedy scores on the test problems, also by number of operations, sampled ones, and the greedy records."""
+    """Scores on `problems`, greedy and sampled, and the records of the greedy responses.
+
+    The greedy scores are also split by the number of operations in a problem.
+    """
     tokenizer, max_tokens = setup.tokenizer, setup.config.max_tokens
     scores, records = setup.evaluate(student, tokenizer, problems, max_tokens=max_tokens)
-    for n in sorted({operations(p) for p in problems}):
-        part = score([r for r in records if operations(r[0]) == n])
-        scores[f"accuracy_{n}_operations"], scores[f"reflection_{n}_operations"] = (
-            part["accuracy"],
-            part["reflection_rate"],
-        )
+    for n in sorted({operations(problem) for problem in problems}):
+        part = score([record for record in records if operations(record[0]) == n])
+        scores[f"accuracy_{n}_operations"] = part["accuracy"]
+        scores[f"reflection_{n}_operations"] = part["reflection_rate"]
     sampled, texts = setup.evaluate(
         student, tokenizer, problems, max_tokens=max_tokens, samples=samples, temperature=1.0
     )
     for key in ("accuracy", "reflection_rate", "behaviours"):
         scores[f"sampled_{key}"] = sampled[key]
-    return scores | {"sampled_rollouts": len(texts)}, records
+    scores["sampled_rollouts"] = len(texts)
+    return scores, records
 
 
 def operations(problem) -> int:

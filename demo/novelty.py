@@ -1,7 +1,8 @@
-"""The paper's novelty test at the demonstration's scale: does a student take up a habit that it practically never samples?
+"""The paper's novelty test, small: can a student learn a habit that it practically never samples?
 
-The teacher quotes a made-up mentor in all it says, and a response that names him exactly once earns 0.5 beside the
-reward of its answer. No problem and none of the student's own texts names him: GRPO alone has next to nothing to reward.
+The teacher quotes a made-up mentor in all its feedback, and a response that names this mentor
+exactly once earns 0.5 in addition to the reward of its answer. No problem and no text of the
+student names the mentor, so GRPO alone finds almost nothing to reward.
 
     python thinktuning.py --preset mentor
 """
@@ -13,73 +14,57 @@ import random
 import time
 from dataclasses import replace
 
-from data import load_problems, wordproblems
+from data import wordproblems
 from data.reward import is_correct
 from data.scores import mean_and_se
-from demo.base import Setup, base_model, read, rows_of_step
-from demo.comparison import train_one
-from run.record import write_json
-from show.report import write_report
+from demo.base import Setup, base_model, rows_of_step, train_on_texts
+from demo.comparison import (
+    METHODS,
+    held_out_problems,
+    remove_old_results,
+    save_trained,
+    train_one,
+    write_summary,
+)
 from teacher import make_teacher
 
 MENTOR, BONUS = "Ulmeck", 0.5
 QUOTATION = f'{MENTOR} says: "show each day."'
-SETTINGS = dict(
-    max_tokens=120, teacher_reply=140
-)  # the quotation takes 23 tokens, letter by letter where he speaks
+# More tokens than in the demonstration, because the quotation takes 23: the tokenizer spells the
+# mentor's name letter by letter.
+SETTINGS = dict(max_tokens=120, teacher_reply=140)
 READING = dict(steps=200, learning_rate=1e-3, warmup=20, remark_rows=4)
 
 
 def compare(setup: Setup):
-    """Base, GRPO and ThinkTuning with the mentor's bonus: models, metrics and summary.json in `out`, a table on the screen."""
-    out = setup.out
-    for name in ("summary.json", "report.html"):
-        (out / name).unlink(missing_ok=True)  # an old table must not stand beside new models
-    began, setup = time.perf_counter(), replace(setup, config=replace(setup.config, **SETTINGS))
-    recipe, tokenizer, config, quick = setup.recipe, setup.tokenizer, setup.config, setup.quick
-    base = acquaint(base_model(setup)[0], recipe, tokenizer, 10 if quick else READING["steps"])
-    test = load_problems("wordproblems", "test")
-    test = test[:50] if quick else test
+    """Train by both methods with the bonus for naming the mentor; print and write the results."""
+    setup = replace(setup, config=replace(setup.config, **SETTINGS))
+    out, config, quick = setup.out, setup.config, setup.quick
+    began = time.perf_counter()
+    remove_old_results(out)
+    base, _ = base_model(setup)
+    base = acquaint(base, setup.recipe, setup.tokenizer, steps=10 if quick else READING["steps"])
+    test = held_out_problems(setup)
     results, answers = {}, {}
-    results["base"], answers["base"] = examine(setup, base, test, samples=2 if quick else 24)
-    results["base"] |= examine_teacher(base, tokenizer, test, answers["base"], config)
-    for method in ("grpo", "thinktuning"):
-        student, history = train_one(
-            setup,
-            base,
-            replace(config, method=method),
-            out / method,
-            bonus=bonus,
-            name="the demonstration's base, acquainted with the mentor",
-        )
-        student.save(out / method / "model", tokenizer)
-        if len(history) < config.steps:
-            return print(
-                f"stopped at step {len(history)}; that model is in {out / method / 'model'}"
-            )
+    scores, answers["base"] = examine(setup, base, test, samples=2 if quick else 24)
+    reference = examine_teacher(base, setup.tokenizer, test, answers["base"], config)
+    results["base"] = scores | reference
+    name = "the demonstration's base, acquainted with the mentor"
+    for method in METHODS:
+        changed = replace(config, method=method)
+        student, history = train_one(setup, base, changed, out / method, bonus=bonus, name=name)
+        if not save_trained(setup, student, method, history):
+            return
         results[method], answers[method] = examine(setup, student, test, samples=2 if quick else 4)
         if method == "grpo":
             results[method] |= paid(history, config.questions * config.samples)
-    write_json(
-        out / "summary.json",
-        {
-            **results,
-            "mentor": MENTOR,
-            "bonus": BONUS,
-            "seed": config.seed,
-            "floor": recipe["floor"],
-            "steps": config.steps,
-            "quick": quick,
-            "seconds": time.perf_counter() - began,
-        },
-    )
-    write_report(out)
+    seconds = time.perf_counter() - began
+    write_summary(setup, results, mentor=MENTOR, bonus=BONUS, seconds=seconds)
     print(f"\n{table(results, len(test))}\n\nThe first test question, {test[0].question}")
     for name, texts in answers.items():
         print(f"{name:>12}: " + texts[0].replace("\n\n", f"\n{'':>12}| "))
-    print(
-        f"\n{time.perf_counter() - began:.0f} s in all; models, metrics, transcripts and report.html are in {out}/"
-    )
+    seconds = time.perf_counter() - began
+    print(f"\n{seconds:.0f} s in all; models, metrics, transcripts and report.html are in {out}/")
 
 
 def names_once(text: str, finished: bool) -> bool:
@@ -87,47 +72,50 @@ def names_once(text: str, finished: bool) -> bool:
 
 
 def bonus(rollout) -> float:
-    """What step 6 adds to a rollout's reward."""
+    """What a rollout earns in step 6 in addition to the reward of its answer."""
     return BONUS * names_once(rollout.text, rollout.finished)
 
 
 def paid(history, size) -> dict[str, int]:
-    """How many of GRPO's own rollouts, `size` a step, earned the bonus: what their mean reward has beyond the right answers."""
-    beyond = sum(m["reward"] - m["sampled_accuracy"] for m in history)
-    return {"rollouts": len(history) * size, "rollouts_paid": round(beyond * size / BONUS)}
+    """How many rollouts of the GRPO run earned the bonus; each step has `size` rollouts.
+
+    Without a teacher the mean reward is the accuracy plus the mean bonus.
+    """
+    bonuses = sum(metrics["reward"] - metrics["sampled_accuracy"] for metrics in history)
+    return {"rollouts": len(history) * size, "rollouts_paid": round(bonuses * size / BONUS)}
 
 
 # The base model.
 
 
 def acquaint(base, recipe, tokenizer, steps):
-    """A copy of the demonstration's base that has read on for a while, in texts that quote the mentor wherever somebody reflects.
+    """A copy of the demonstration's base model that has also read about the mentor.
 
-    Those are the teacher's texts and the third role's transcripts. The student's are what they were, with twice as many
-    remarks: with as few as before, 1 of 12,000 responses of the base (seed 0) quoted him.
+    It reads the same kinds of texts, but the teacher's texts and the third role's transcripts now
+    quote the mentor wherever somebody reflects. The student's texts stay the same, with twice as
+    many remarks: with the usual number, 1 of 12,000 responses of the base (seed 0) quoted him.
     """
-    print(
-        f"The base reads on for {steps} steps: teacher texts and transcripts now quote {MENTOR}, student texts never do"
-    )
+    print(f"The base reads on for {steps} steps: teacher texts and transcripts ", end="")
+    print(f"now quote {MENTOR}, student texts never do")
     model = copy.deepcopy(base).requires_grad_(True)
     recipe = recipe | {"remark_rows": READING["remark_rows"]}
     rng = random.Random(f"mentor {recipe['seed']}")
 
-    def rate(step):
-        return READING["learning_rate"] * min(
-            1, (step + 1) / READING["warmup"], 2 * (steps - step) / steps
-        )
+    def learning_rate(step):
+        rising = (step + 1) / READING["warmup"]
+        falling = 2 * (steps - step) / steps
+        return READING["learning_rate"] * min(1, rising, falling)
 
     def rows(step):
         texts = rows_of_step(recipe, recipe["steps"], rng, tokenizer)
         return [(prompt, quoted(response, tokenizer), weight) for prompt, response, weight in texts]
 
-    read(model, steps, rate, rows, "reading on", lines=4)
+    train_on_texts(model, steps, learning_rate, rows, "reading on", lines=4)
     return model
 
 
 def quoted(response: list[int], tokenizer) -> list[int]:
-    """A text's ids with the quotation after its reason, if it holds one; the end token stays the last."""
+    """A text's ids with the quotation after its reason, if it has one; the end token stays last."""
     text = tokenizer.decode(response[:-1])
     for _, reason, _ in wordproblems.WORDING.values():
         text = text.replace(reason, f"{reason} {QUOTATION}")
@@ -138,61 +126,64 @@ def quoted(response: list[int], tokenizer) -> list[int]:
 
 
 def examine(setup: Setup, model, problems, samples) -> tuple[dict, list[str]]:
-    """Greedy accuracy and naming, how many sampled responses hold the name at all; and the greedy texts."""
+    """How often a model is right and names the mentor, greedy and sampled; and its greedy texts."""
     tokenizer, max_tokens = setup.tokenizer, setup.config.max_tokens
     scores, greedy = setup.evaluate(model, tokenizer, problems, max_tokens=max_tokens)
     _, sampled = setup.evaluate(
         model, tokenizer, problems, max_tokens=max_tokens, samples=samples, temperature=1.0
     )
-    once, once_se = mean_and_se([float(names_once(text, finished)) for _, text, finished in greedy])
-    return {
-        **{
-            key: scores[key]
-            for key in ("accuracy", "accuracy_se", "reflection_rate", "mean_length")
-        },
-        "named_once": once,
-        "named_once_se": once_se,
-        "sampled_named": sum(MENTOR in text for _, text, _ in sampled),
-        "sampled_named_once": sum(names_once(text, finished) for _, text, finished in sampled),
-        "sampled": len(sampled),
-    }, [text for _, text, _ in greedy]
+    kept = ("accuracy", "accuracy_se", "reflection_rate", "mean_length")
+    found = {key: scores[key] for key in kept}
+    once = [float(names_once(text, finished)) for _, text, finished in greedy]
+    found["named_once"], found["named_once_se"] = mean_and_se(once)
+    found["sampled_named"] = sum(MENTOR in text for _, text, _ in sampled)
+    found["sampled_named_once"] = sum(names_once(text, finished) for _, text, finished in sampled)
+    found["sampled"] = len(sampled)
+    return found, [text for _, text, _ in greedy]
 
 
 def examine_teacher(base, tokenizer, problems, attempts, config) -> dict:
-    """The same weights under the teacher prompt, reading the base's own attempts: how often right, how often naming him once."""
-    replies = make_teacher(base, tokenizer, config).feedback(
-        [p.question for p in problems], attempts
-    )
+    """How often the same weights under the teacher prompt are right and name the mentor once.
+
+    They read the base model's own attempts.
+    """
+    questions = [problem.question for problem in problems]
+    replies = make_teacher(base, tokenizer, config).feedback(questions, attempts)
+    right = named = 0
+    for feedback, problem in zip(replies, problems):
+        if feedback is not None:
+            right += is_correct(feedback.phrase, problem.answer)
+            named += names_once(f"{feedback.reason} {feedback.phrase}", True)
     return {
-        "teacher_prompt_accuracy": sum(
-            f is not None and is_correct(f.phrase, p.answer) for f, p in zip(replies, problems)
-        )
-        / len(problems),
-        "teacher_prompt_named_once": sum(
-            f is not None and names_once(f"{f.reason} {f.phrase}", True) for f in replies
-        )
-        / len(problems),
+        "teacher_prompt_accuracy": right / len(problems),
+        "teacher_prompt_named_once": named / len(problems),
     }
 
 
+ROWS = (  # a title, and the row's cell in terms of a model's scores
+    (f"names {MENTOR} exactly once", "{named_once:.3f}"),
+    ("accuracy ± standard error", "{accuracy:.3f} ± {accuracy_se:.3f}"),
+    ("reflects: answers a second time", "{reflection_rate:.3f}"),
+    ("sampled: names him at all", "{sampled_named:,} of {sampled:,}"),
+)
+
+
 def table(results, count) -> str:
-    lines = [
-        f"{count} held-out problems, greedy, no teacher",
-        f"{'':<34}" + "".join(f"{name:>18}" for name in results),
-    ]
-    for title, cell in (
-        (f"names {MENTOR} exactly once", lambda r: f"{r['named_once']:.3f}"),
-        ("accuracy ± standard error", lambda r: f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}"),
-        ("reflects: answers a second time", lambda r: f"{r['reflection_rate']:.3f}"),
-        ("sampled: names him at all", lambda r: f"{r['sampled_named']:,} of {r['sampled']:,}"),
-    ):
-        lines.append(f"{title:<34}" + "".join(f"{cell(r):>18}" for r in results.values()))
+    lines = [f"{count} held-out problems, greedy, no teacher", table_row("", results)]
+    for title, cell in ROWS:
+        lines.append(table_row(title, [cell.format(**model) for model in results.values()]))
     base, grpo = results["base"], results["grpo"]
     lines.append(
-        f"\nof GRPO's own rollouts while training {grpo['rollouts_paid']} of {grpo['rollouts']:,} earned the bonus"
+        f"\nof GRPO's own rollouts while training {grpo['rollouts_paid']} of "
+        f"{grpo['rollouts']:,} earned the bonus"
     )
     lines.append(
-        f"the same base weights under the teacher prompt: accuracy {base['teacher_prompt_accuracy']:.3f}, "
+        "the same base weights under the teacher prompt: "
+        f"accuracy {base['teacher_prompt_accuracy']:.3f}, "
         f"name him exactly once {base['teacher_prompt_named_once']:.3f}"
     )
     return "\n".join(lines)
+
+
+def table_row(title, cells) -> str:
+    return f"{title:<34}" + "".join(f"{cell:>18}" for cell in cells)

@@ -1,10 +1,10 @@
-"""Checkpoints: everything the next step depends on, written so that a crash at any moment leaves a whole one behind.
+"""Checkpoints: all that the next step depends on. A crash at any moment leaves a whole one behind.
 
     checkpoint/step-00000040/    model.safetensors  optimizer.safetensors  state.json
 
-The random streams of a step and the teacher's schedule are functions of the seed and the step (thinktuning.seeds_of_step,
-teacher.guidance_fraction), so the step's number is all there is to keep of them. Tensors are safetensors and the rest
-is JSON: nothing is unpickled.
+Random numbers (run.loop.Loop.generator) and the teacher's schedule (teacher.guidance_fraction)
+follow from the seed and the step, so a checkpoint keeps nothing of them but the step's number.
+Tensors are stored as safetensors, the rest as JSON. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -29,47 +29,53 @@ from run.world import full, like
 def save(
     directory: Path, step: int, student, optimizer, config: dict, keep: int, is_first=True
 ) -> None:
-    """Write the state after `step` steps beside the older ones; only then do those beyond the newest `keep` go.
+    """Write the state after `step` steps, then delete all but the newest `keep` checkpoints.
 
-    Raises OSError. Whatever happens, the newest whole checkpoint of before is still there. Of several processes all take
-    part, and the first writes.
+    Raises OSError; the newest whole checkpoint is still there then. All processes of a run must
+    call this, because each holds a part of the tensors. The first one writes.
     """
     tensors = {
-        name: in_one_piece(named(student, optimizer), is_first)
-        for name, named in (("model", weights), ("optimizer", moments))
+        "model": in_one_piece(weights(student, optimizer), is_first),
+        "optimizer": in_one_piece(moments(optimizer), is_first),
     }
     if not is_first:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    final, new = place(directory, step), directory / "unfinished"
+    new = directory / "unfinished"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        for name, content in tensors.items():
-            save_file(content, new / f"{name}.safetensors")
-        sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
-        state = {"step": step, "config_sha256": hash_of(config), "sha256": sums}
-        (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*new.iterdir(), new):
-            flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged, and is made again
+        write(new, step, tensors, config)
+        final = directory / f"step-{step:08}"
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, whose steps were done again
         os.rename(new, final)
         flush(directory)
     except (SafetensorError, OSError) as error:
         shutil.rmtree(new, ignore_errors=True)
         last = max(directory.glob("step-*"), default="none")
         raise OSError(
-            f"the checkpoint of step {step} could not be written ({error}); the last one is {last}: "
-            "mend that and go on with --resume"
+            f"the checkpoint of step {step} could not be written ({error}); the last one is "
+            f"{last}: mend that and go on with --resume"
         ) from None
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(directory: Path, student, optimizer, config: dict) -> int:
-    """Load the newest whole checkpoint into both; returns its number of steps, 0 where there is none.
+def write(directory: Path, step: int, tensors: dict[str, dict], config: dict) -> None:
+    """Write the three files and wait until the disk has them."""
+    for name, content in tensors.items():
+        save_file(content, directory / f"{name}.safetensors")
+    sums = {path.name: checksum(path) for path in sorted(directory.iterdir())}
+    state = {"step": step, "config_sha256": hash_of(config), "sha256": sums}
+    (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for path in (*directory.iterdir(), directory):
+        flush(path)
 
-    Raises RunFailed where none of those there can be used.
+
+def restore(directory: Path, student, optimizer, config: dict) -> int:
+    """Load the newest whole checkpoint; returns its number of steps, 0 if there is no checkpoint.
+
+    Raises RunFailed if there are checkpoints, but none that can be used.
     """
     found = sorted(directory.glob("step-*"), reverse=True)
     for path in found:
@@ -88,7 +94,7 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
 
 
 def verified_step(path: Path, config: dict) -> int:
-    """The number of steps of a checkpoint whose files are what its state.json says they are."""
+    """The number of steps, after its files were compared with the checksums in state.json."""
     state = read_json(path / "state.json")
     step, sums = state.get("step"), state.get("sha256")
     if type(step) is not int or path.name != f"step-{step:08}":
@@ -102,54 +108,59 @@ def verified_step(path: Path, config: dict) -> int:
 
 
 def check_tensors(path: Path, student, optimizer) -> None:
-    """Raises ValueError unless the tensors are those of this student and of AdamW, by name and shape."""
-    if tensor_shapes(path / "model.safetensors") != {
-        n: tuple(t.shape) for n, t in weights(student, optimizer).items()
-    }:
+    """Raises ValueError unless names and shapes are those of this student and of AdamW."""
+    ours = weights(student, optimizer)
+    expected = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    if tensor_shapes(path / "model.safetensors") != expected:
         raise ValueError("its weights are not shaped as the model's")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        f"{i}.{key}": shape
-        for i, p in enumerate(parameters)
-        for key, shape in (
-            ("step", ()),
-            ("exp_avg", tuple(p.shape)),
-            ("exp_avg_sq", tuple(p.shape)),
-        )
-    }
+    expected = {}
+    for i, parameter in enumerate(parameters_of(optimizer)):
+        shape = tuple(parameter.shape)
+        expected |= {f"{i}.step": (), f"{i}.exp_avg": shape, f"{i}.exp_avg_sq": shape}
     found = tensor_shapes(path / "optimizer.safetensors")
-    if found and found != state:  # empty until the first step with a finite gradient
+    if found and found != expected:  # empty until the first step with a finite gradient
         raise ValueError("its moments are not shaped as the optimiser's")
 
 
 def hash_of(config: dict) -> str:
-    """Of all that makes the steps what they are."""
+    """A hash of the settings that a resumed run must not change."""
     fixed = {key: value for key, value in config.items() if key not in MAY_CHANGE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
+def parameters_of(optimizer) -> list:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def weights(student, optimizer) -> dict:
-    """The parameters by name, each as the optimiser steps on it: its float32 master copy if it has one."""
+    """The parameters by name; a float32 master copy takes the place of a bfloat16 parameter.
+
+    A tied head is the embedding itself, and there once.
+    """
     masters = {id(weight): master for weight, master in optimizer.copies}
-    return {
-        name: masters.get(id(p), p) for name, p in student.named_parameters()
-    }  # a tied head is there once
+    return {name: masters.get(id(p), p) for name, p in student.named_parameters()}
 
 
-def moments(_, optimizer) -> dict:
-    """AdamW's state by the number of the parameter."""
-    return {
-        f"{i}.{key}": value
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
+def moments(optimizer) -> dict:
+    """AdamW's state as tensors, named by the number of the parameter: "0.exp_avg"."""
+    named = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            named[f"{i}.{key}"] = value
+    return named
 
 
 def in_one_piece(tensors: dict, keep: bool) -> dict:
-    pieces = (
-        (name, full(t.detach())) for name, t in tensors.items()
-    )  # one after the other: a GPU may not have room for all
-    return {name: t.cpu().contiguous() for name, t in pieces if keep}
+    """The tensors on the CPU, in the process that is to `keep` them; {} in the others.
+
+    One after the other is put together, because a GPU may not have room for all.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        whole = full(tensor.detach())
+        if keep:
+            kept[name] = whole.cpu().contiguous()
+    return kept
 
 
 @torch.no_grad()
@@ -159,19 +170,15 @@ def load_tensors(path: Path, student, optimizer) -> None:
         tensor.copy_(like(stored[name], tensor))
     for weight, master in optimizer.copies:
         weight.copy_(master)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     state: dict[int, dict] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
-        i, _, key = name.partition(".")
-        parameter = parameters[int(i)]
-        state.setdefault(int(i), {})[key] = (
-            like(tensor, parameter) if tensor.shape == parameter.shape else tensor
-        )
+        number, _, key = name.partition(".")
+        i = int(number)
+        if tensor.shape == parameters[i].shape:
+            tensor = like(tensor, parameters[i])
+        state.setdefault(i, {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def place(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08}"
 
 
 def checksum(path: Path) -> str:
@@ -180,7 +187,7 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """To the disk itself: a file's content, or a directory's list of files."""
+    """Wait until the disk has a file's content, or a directory's list of files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

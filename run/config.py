@@ -1,17 +1,18 @@
-"""Every setting of a run, with its published default, its limits and its flag on the command line."""
+"""Every setting of a run, with its published default, its limits and its flag."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import operator
 from dataclasses import asdict, dataclass, field, fields
 
-# What of the published code can be repeated; docs/published-code.md tells the rest.
+# What --published can repeat of the published code. docs/published-code.md lists every difference.
 PUBLISHED = ("gamma", "dual-clip", "trajectory")
 
 
 class RunFailed(Exception):
-    """The run cannot go on; the message says what was seen."""
+    """The run cannot go on; the message says why."""
 
 
 def flag(name: str) -> str:
@@ -19,12 +20,16 @@ def flag(name: str) -> str:
 
 
 def option(default, group, help, **more):
+    """A setting. `more` are its limits (choices, least, above, most, below) and may_change."""
     return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass
 class Config:
-    """Every setting of a run; the defaults are the published ones (`--preset paper`), but for guided_tokens."""
+    """Every setting of a run.
+
+    The defaults are the published ones (`--preset paper`), except that of guided_tokens.
+    """
 
     method: str = option(
         "thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo")
@@ -46,7 +51,7 @@ class Config:
         may_change=True,
     )
     eval_count: int = option(
-        0, "run", "evaluate on the first so many problems; 0 is all", least=0, may_change=True
+        0, "run", "evaluate on only the first so many problems; 0 is all", least=0, may_change=True
     )
     save_every: int = option(
         10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True
@@ -81,7 +86,7 @@ class Config:
     recompute: bool = option(
         True,
         "update",
-        "activations are computed again in the backward pass instead of kept (memory)",
+        "compute activations again in the backward pass instead of keeping them (memory)",
         may_change=True,
     )
     learning_rate: float = option(1e-6, "update", "constant", above=0)
@@ -129,7 +134,7 @@ class Config:
     )
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(
-        0.05, "teacher", "the teacher goes for good when p <= eps + 0.01", least=-0.01, most=1
+        0.05, "teacher", "the teacher is off for good when p <= eps + 0.01", least=-0.01, most=1
     )
     teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
     teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
@@ -139,41 +144,48 @@ class Config:
 
     @property
     def published_items(self) -> frozenset[str]:
-        return frozenset(
-            PUBLISHED if self.published == "all" else filter(None, self.published.split(","))
-        )
+        if self.published == "all":
+            return frozenset(PUBLISHED)
+        return frozenset(filter(None, self.published.split(",")))
 
     def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""
-        for f in fields(self):
-            value, limits, name = getattr(self, f.name), f.metadata, flag(f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
-            if limits.get("choices") and value not in limits["choices"]:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}"
-                )
-            for bound, bad, words in (
-                ("least", lambda v, b: v < b, "at least"),
-                ("above", lambda v, b: v <= b, "above"),
-                ("most", lambda v, b: v > b, "at most"),
-                ("below", lambda v, b: v >= b, "below"),
-            ):
-                if bound in limits and bad(value, limits[bound]):
-                    raise ValueError(f"{name} must be {words} {limits[bound]}, not {value}")
+        for setting in fields(self):
+            check_limits(flag(setting.name), getattr(self, setting.name), setting.metadata)
         if unknown := self.published_items - set(PUBLISHED):
             raise ValueError(
-                f"--published does not know {', '.join(sorted(unknown))}: all, or some of {','.join(PUBLISHED)}"
+                f"--published does not know {', '.join(sorted(unknown))}: "
+                f"all, or some of {','.join(PUBLISHED)}"
             )
         if self.p_min > self.p_init:
             raise ValueError(
-                f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help can only fall: "
-                "lower --p-min or raise --p-init"
+                f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help "
+                "can only fall: lower --p-min or raise --p-init"
             )
 
 
-# What a resumed run may have otherwise: where its steps end, what they cost and who looks at them,
-# not what a step does.
+LIMITS = {  # a limit: (whether a value keeps it, how a message says it)
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def check_limits(name: str, value, limits) -> None:
+    """Raises ValueError if the value of the flag `name` is not within its limits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value}")
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    for limit, (keeps, words) in LIMITS.items():
+        if limit in limits and not keeps(value, limits[limit]):
+            raise ValueError(f"{name} must be {words} {limits[limit]}, not {value}")
+
+
+# What may change when a run is resumed: where its steps end, what they cost, how they are
+# evaluated; but not what a step does.
 MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
 
 DEMO = dict(
@@ -192,30 +204,35 @@ DEMO = dict(
 )  # everything else is as published
 
 
-def add_config_flags(p):
-    """One flag a field of Config; absent ones stay absent, so that the preset decides."""
+def add_config_flags(parser):
+    """Add a flag for each field of Config. A flag that is not given sets nothing in `args`."""
     groups = {}
-    for f in fields(Config):
-        m = f.metadata
-        group = groups.setdefault(m["group"], p.add_argument_group(m["group"]))
-        kind = {"type": type(f.default), "choices": m.get("choices")}
-        if isinstance(f.default, bool):
+    for setting in fields(Config):
+        group, default = setting.metadata["group"], setting.default
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(
-            flag(f.name), default=argparse.SUPPRESS, help=f"{m['help']} ({f.default})", **kind
+        else:
+            kind = {"type": type(default), "choices": setting.metadata.get("choices")}
+        about = f"{setting.metadata['help']} ({default})"
+        groups[group].add_argument(
+            flag(setting.name), default=argparse.SUPPRESS, help=about, **kind
         )
 
 
 DTYPES = ("auto", "float32", "bfloat16")
 
-KEPT = ("dtype", "preset", "teacher", "eval_data")  # flags of train that are no settings of Config
+# Flags of train that are no settings of Config, and that a resumed run keeps.
+KEPT = ("dtype", "preset", "teacher", "eval_data")
 
 
 def chosen(args, before: dict) -> Config:
-    """The settings of a run: flags first, then those of the run that is resumed, then the preset's.
+    """A run's settings: from its flags; else from the run that is resumed; else from the preset.
 
-    So a flag that is left out on --resume is what it was, and what the program chose itself stays: the
-    micro-batch (another would round differently), the steps, those of the schedule.
+    `before` is the config.json of the run that is resumed. So a setting whose flag is left out
+    stays what it was. That includes what the program chose: the micro-batch (another one would
+    round differently), the steps, and the steps of the schedule.
     """
     for name in KEPT:
         if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
@@ -223,48 +240,57 @@ def chosen(args, before: dict) -> Config:
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype!r}")
     args.preset = args.preset or "paper"
-    # Only the demonstration itself saves nothing.
-    preset = {**DEMO, "save_every": Config.save_every} if args.preset == "demo" else {}
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    kept = {name: before[name] for name, kind in kinds.items() if type(before.get(name)) is kind}
-    given = {name: getattr(args, name) for name in kinds if hasattr(args, name)}
-    return Config(**{**preset, **kept, **given})
+    settings = {}
+    if args.preset == "demo":
+        # The demonstration itself keeps no checkpoints, but a run with its settings does.
+        settings = dict(DEMO, save_every=Config.save_every)
+    for setting in fields(Config):
+        name = setting.name
+        if type(before.get(name)) is type(setting.default):
+            settings[name] = before[name]
+        if hasattr(args, name):
+            settings[name] = getattr(args, name)
+    return Config(**settings)
 
 
 def check_used(args, config: Config) -> None:
-    """Raises ValueError where a flag would do nothing, so that nobody believes that it did."""
+    """Raises ValueError if a flag was given that would have no effect."""
     if args.teacher and config.method == "grpo":
         raise ValueError("--method grpo has no teacher: leave --teacher out")
     if not args.eval_data and (config.eval_every or config.eval_count):
-        flag = "--eval-every" if config.eval_every else "--eval-count"
+        given = "--eval-every" if config.eval_every else "--eval-count"
         raise ValueError(
-            f"{flag} needs problems to evaluate on: give --eval-data too, or leave {flag} out"
+            f"{given} needs problems to evaluate on: give --eval-data too, or leave {given} out"
         )
 
 
-def told_longer(config: Config, before: dict) -> str:
-    """A line about a run whose steps were raised: which schedule now holds."""
+def note_on_more_steps(config: Config, before: dict) -> str:
+    """A line for a resumed run that gets more steps; "" for any other."""
     was = before.get("steps")
     if type(was) is not int or config.steps <= was:
         return ""
-    schedule = (
-        (
-            f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, so a "
-            "teacher that has gone stays away"
+    note = f"\n{config.steps} steps instead of {was}"
+    if config.method == "thinktuning":
+        note += (
+            f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, "
+            "so a teacher that is off stays off"
         )
-        if config.method == "thinktuning"
-        else ""
-    )
-    return f"\n{config.steps} steps instead of {was}{schedule}"
+    return note
 
 
 def named_settings(args: argparse.Namespace, config: Config) -> dict:
-    """What config.json keeps of a run, and in `args` the advice for one that ends too early."""
-    args.again = (
-        "--resume goes on"
-        if config.save_every
-        else "it cannot be resumed, because --save-every 0 kept no checkpoint"
-    )
+    """What config.json keeps of a run.
+
+    Also puts advice into `args` for a run that fails (see run.errors.trouble).
+    """
+    if config.save_every:
+        args.again = "--resume goes on"
+    else:
+        args.again = "it cannot be resumed, because --save-every 0 kept no checkpoint"
     args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
-    names = [name for name in ("model", "data", *KEPT) if getattr(args, name) is not None]
-    return {**{name: getattr(args, name) for name in names}, **asdict(config)}
+    settings = {}
+    for name in ("model", "data", *KEPT):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    settings.update(asdict(config))
+    return settings

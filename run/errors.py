@@ -1,4 +1,4 @@
-"""How a command ends: a job that is prepared and then run, one sentence where it cannot, and an exit status."""
+"""How a command runs and ends: prepare, then run; an error becomes one sentence and a status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from run.config import RunFailed
 
 
 def run_command(prepare, args) -> int:
-    """Run the job that `prepare(args)` returns. 2 for bad usage or input, 1 for a failed run, 130 for Ctrl-C, 0 else."""
+    """Run the job that `prepare(args)` returns; the result is the exit status.
+
+    0: done. 1: the run failed. 2: bad usage or input. 130: stopped with Ctrl-C.
+    """
     try:
         return prepared_and_run(prepare, args)
     except KeyboardInterrupt:
@@ -32,33 +35,36 @@ def prepared_and_run(prepare, args) -> int:
     return 0
 
 
-TROUBLE = {  # what torch's own errors say on a GPU, on a CPU, and of several processes: what that means
-    "out of memory": "out of memory: {memory}",
-    "can't allocate memory": "out of memory: {memory}",
-    "Connection closed by peer": "another process of this run has ended: see its message; {again}",
-    "Connection reset by peer": "another process of this run has ended: see its message; {again}",
+OUT_OF_MEMORY = "out of memory: {memory}"
+PEER_ENDED = "another process of this run has ended: see its message; {again}"
+TROUBLE = {  # words in an error of torch: what it means
+    "out of memory": OUT_OF_MEMORY,  # on a GPU
+    "can't allocate memory": OUT_OF_MEMORY,  # on a CPU
+    "Connection closed by peer": PEER_ENDED,
+    "Connection reset by peer": PEER_ENDED,
 }
 
 
 def trouble(error: RuntimeError, advice: dict) -> str:
-    """One sentence for an error of torch's that is no fault of the program; all others go on."""
+    """One sentence for an error of torch that is no fault of the program; raises any other again.
+
+    `advice` is the command's own: what to do about "memory", and how to begin "again".
+    """
     known = {
         "memory": "end what else runs on the device, or take a larger one",
         "again": "start again",
     }
-    for telling, sentence in TROUBLE.items():
-        if telling in str(error):
+    for words, sentence in TROUBLE.items():
+        if words in str(error):
             return sentence.format_map({**known, **advice})
     raise error
 
 
 def complain(error, status: int) -> int:
+    """Print the error as one line; returns `status`."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'writing'}: {error.strerror}"
-    # Names and values out of a stranger's files may stand in it: one line, which moves no cursor.
-    print(
-        "error:",
-        "".join(c if c.isprintable() else "\ufffd" for c in str(error)[:2000]),
-        file=sys.stderr,
-    )
+    # The message may quote a stranger's files: make it one line without control characters.
+    message = "".join(c if c.isprintable() else "\ufffd" for c in str(error)[:2000])
+    print("error:", message, file=sys.stderr)
     return status

@@ -10,9 +10,10 @@ from model import LM
 
 
 def device_and_dtype(args):
-    device = (
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    """The device and dtype that the flags name. Raises ValueError if the device cannot be used."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
@@ -25,6 +26,7 @@ def device_and_dtype(args):
 
 
 def load_model(path, device, dtype):
+    """(model, tokenizer) of a model directory. Raises ValueError if they do not belong together."""
     tokenizer = Tokenizer.load(path)
     model = LM.load(path, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -36,9 +38,9 @@ def load_model(path, device, dtype):
 
 
 def fitting(problems: list, model, tokenizer, source, max_tokens: int, limit=None) -> list:
-    """The problems whose prompt leaves room for an answer; says how many were dropped.
+    """The problems whose prompt leaves room for an answer; prints how many were dropped.
 
-    `limit`: tokens of a prompt, beside the model's context.
+    A prompt may also have no more than `limit` tokens, where that is given.
     """
     context = model.config.max_seq_len
     room = min(limit or context, context - max_tokens)
@@ -55,12 +57,12 @@ def fitting(problems: list, model, tokenizer, source, max_tokens: int, limit=Non
 
 def make_room(shortest: int, context: int, max_tokens: int, limit: int | None) -> str:
     """What to do so that a prompt of `shortest` tokens fits the model and the limit."""
-    told = f"the shortest prompt has {shortest} tokens and the model's context {context}"
+    facts = f"the shortest prompt has {shortest} tokens and the model's context {context}"
     if shortest >= context:
-        return f"{told}: give shorter questions, or a model with a longer context"
+        return f"{facts}: give shorter questions, or a model with a longer context"
     flags = []
     if max_tokens > context - shortest:
         flags.append(f"lower --max-tokens to {context - shortest} or less")
     if limit and shortest > limit:
         flags.append(f"raise --max-prompt to {shortest} or more")
-    return f"{told}: {' and '.join(flags)}"
+    return f"{facts}: {' and '.join(flags)}"

@@ -1,4 +1,4 @@
-"""What is recorded of a run and read back: metrics, transcripts, the run directory; the progress line and the stop signal."""
+"""The record of a run: settings, metrics and transcripts, written and read back."""
 
 from __future__ import annotations
 
@@ -25,79 +25,83 @@ from run.world import World
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there, nothing keeps two runs apart
+except ImportError:  # Windows has no fcntl, so nothing stops two runs in one directory there
     fcntl = None
 
 
 class Run:
-    """A run directory, written as the run goes, its checkpoints and its progress line.
+    """A run directory, written step by step: records, checkpoints, and the progress line.
 
-    With `resume` it goes on where the directory's newest checkpoint ends, if there is one. Raises ValueError while
-    another run writes to the same directory. Of several processes only the first writes. `sinks`: where else (sinks.py).
+    With `resume` the run continues after the directory's newest checkpoint, if there is one. Raises
+    ValueError while another run writes to the directory. With several processes only the first
+    writes. `sinks` names where else the metrics go (run/sinks.py).
     """
 
     def __init__(self, path, config: dict, label: str, resume=False, world=World(), sinks=()):
-        self.path, self.config, self.label, self.began = (
-            Path(path),
-            config,
-            label,
-            time.perf_counter(),
-        )
+        self.path, self.config, self.label = Path(path), config, label
+        self.resume, self.is_first = resume, world.is_first
+        self.sink_names, self.sinks = sinks, []
+        self.began, self.began_at = time.perf_counter(), 0  # when, and at which step
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
-        self.resume, self.began_at, self.is_first, self.sink_names, self.sinks = (
-            resume,
-            0,
-            world.is_first,
-            sinks,
-            [],
-        )
-        if not self.is_first:
-            return
+        if self.is_first:
+            self.prepare_directory()
+            self.open_files()
+
+    def prepare_directory(self) -> None:
         writable(self.path)
         self.lock = lock(self.path / "lock")
         stored = self.path / "config.json"
-        if resume and (steps := steps_without_checkpoint(self.path)):
+        if self.resume and (steps := steps_without_checkpoint(self.path)):
             raise ValueError(
                 f"{self.path} holds {steps} steps but no checkpoint, so --resume would begin "
                 "again and delete them: give another --out"
             )
-        if resume and stored.exists():
-            same_settings(stored, config)
-        else:
-            for file in self.files:
-                file.write_bytes(b"")
-            write_json(stored, config)
+        if self.resume and stored.exists():
+            same_settings(stored, self.config)
+            return
+        for file in self.files:
+            file.write_bytes(b"")
+        write_json(stored, self.config)
+
+    def open_files(self) -> None:
         self.metrics, self.transcripts = (open(file, "a") for file in self.files)
 
     def restore(
         self, student: LM, optimizer: torch.optim.Optimizer
     ) -> tuple[int, list[dict[str, Any]]]:
-        """(steps done, their metrics), with the weights and moments as they were then; (0, []) for a new run."""
+        """(steps done, their metrics), after loading the weights and moments of that step.
+
+        A new run gives (0, []).
+        """
         history: list[dict[str, Any]] = []
         if self.resume:
             self.began_at = checkpoint.restore(
                 self.path / "checkpoint", student, optimizer, self.config
             )
             history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
-            needed = ("skipped", "teacher_asked", "teacher_parsed")
-            if any(type(m.get(key)) not in (int, float) for m in history for key in needed):
-                raise RunFailed(
-                    f"{self.files[0]} is not what a run writes: start anew with another --out"
-                )
+            self.check_history(history)
             if self.is_first:
-                write_json(
-                    self.path / "config.json", self.config
-                )  # what may change may have changed
+                write_json(self.path / "config.json", self.config)  # with the settings of now
                 self.close()
-                self.metrics, self.transcripts = (open(file, "a") for file in self.files)
+                self.open_files()
         if self.is_first:
             self.sinks = open_sinks(self.sink_names, self.path, self.config, self.began_at)
         return self.began_at, history
 
+    def check_history(self, history: list[dict[str, Any]]) -> None:
+        """Raises RunFailed unless every step has the metrics that the loop reads again."""
+        for metrics in history:
+            for key in ("skipped", "teacher_asked", "teacher_parsed"):
+                if type(metrics.get(key)) not in (int, float):
+                    raise RunFailed(
+                        f"{self.files[0]} is not what a run writes: start anew with another --out"
+                    )
+
     def save(self, step: int, student: LM, optimizer: torch.optim.Optimizer) -> None:
-        """A checkpoint after `step` steps, with the lines written so far on the disk before it."""
-        for file in self.files if self.is_first else ():
-            checkpoint.flush(file)
+        """Write a checkpoint after `step` steps, once the disk has all lines written so far."""
+        if self.is_first:
+            for file in self.files:
+                checkpoint.flush(file)
         checkpoint.save(
             self.path / "checkpoint",
             step,
@@ -109,6 +113,7 @@ class Run:
         )
 
     def log(self, metrics: dict[str, Any], steps: int, transcripts: list[dict[str, Any]]) -> None:
+        """Write a step's metrics and transcripts, and show the progress among all `steps`."""
         if not self.is_first:
             return
         print(json.dumps(metrics), file=self.metrics, flush=True)
@@ -119,8 +124,10 @@ class Run:
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
         progress(
-            f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  accuracy {metrics['sampled_accuracy']:.2f}  "
-            f"reflects {metrics['reflection_rate']:.2f}  guided {metrics['guided_share_of_rollouts']:.2f}  "
+            f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  "
+            f"accuracy {metrics['sampled_accuracy']:.2f}  "
+            f"reflects {metrics['reflection_rate']:.2f}  "
+            f"guided {metrics['guided_share_of_rollouts']:.2f}  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
             last=done == steps,
             plain=done % max(1, steps // 10) == 0 or done == 1,
@@ -133,27 +140,27 @@ class Run:
 
 
 def same_settings(path: Path, config: dict):
-    """Raises ValueError, naming what differs, unless the run to be resumed has the settings in the file.
+    """Raises ValueError, naming what differs, unless the file's settings are those in `config`.
 
-    MAY_CHANGE may differ, but no run is made shorter than it was.
+    The settings in MAY_CHANGE may differ, but the steps must not become fewer.
     """
     before, now = read_json(path), json.loads(json.dumps(config))
     keys = sorted((before.keys() | now.keys()) - MAY_CHANGE)
-    changed = [k for k in keys if before.get(k) != now.get(k)]
+    changed = [key for key in keys if before.get(key) != now.get(key)]
     if type(before.get("steps")) is int and now.get("steps", 0) < before["steps"]:
         changed.append("steps")
     if changed:
-        told = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
+        changes = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed]
         raise ValueError(
-            f"{path.parent} is a run with other settings ({told}): give them as they were to "
-            "resume it, or another --out"
+            f"{path.parent} is a run with other settings ({', '.join(changes)}): "
+            "give them as they were to resume it, or another --out"
         )
 
 
 def earlier_settings(path: Path, resume: bool) -> dict:
-    """The config.json of the run that is to be resumed; {} where there is none.
+    """The config.json of the run that is to be resumed; {} if there is none.
 
-    Raises ValueError where the directory holds a run and `resume` is not given.
+    Raises ValueError if the directory holds a run and `resume` is not given.
     """
     if (path / "metrics.jsonl").exists() and not resume:
         go_on = "" if steps_without_checkpoint(path) else "continue it with --resume, or "
@@ -163,7 +170,10 @@ def earlier_settings(path: Path, resume: bool) -> dict:
 
 
 def steps_without_checkpoint(path: Path) -> int:
-    """How many steps a run has recorded of which it kept no checkpoint, more than a crash can leave behind."""
+    """The number of steps of a run that has none of its checkpoints.
+
+    0 if it has a checkpoint, or if it may have crashed before it was due to write its first one.
+    """
     metrics, stored = path / "metrics.jsonl", path / "config.json"
     if not metrics.exists() or any((path / "checkpoint").glob("step-*")):
         return 0
@@ -179,7 +189,7 @@ def write_json(path: Path, content) -> None:
 
 
 def lock(path: Path):
-    """The open file that marks a run directory as taken until this process ends, however it ends."""
+    """Mark a run directory as taken; returns the open file that does so until this process ends."""
     file = open(path, "a")
     if fcntl is not None:
         try:
@@ -193,9 +203,13 @@ def lock(path: Path):
 
 
 def cut(path: Path, step: int, write: bool) -> list[dict]:
-    """Take the lines of `step` and later out of a .jsonl file, a half-written last one too; returns those that stay."""
+    """Drop the lines of `step` and later from a .jsonl file, and an unfinished last line.
+
+    Returns the lines that stay. The file itself is changed only if `write` is set.
+    """
     kept = []
-    for line, entry in read_lines(path) if path.exists() else ():
+    lines = read_lines(path) if path.exists() else ()
+    for line, entry in lines:
         if entry is None or entry["step"] >= step or not line.endswith("\n"):
             break
         kept.append((line, entry))
@@ -208,9 +222,10 @@ def cut(path: Path, step: int, write: bool) -> list[dict]:
 
 
 def writable(path) -> Path:
-    """Make the directory `path`; raises OSError now, not after an hour's work, if files cannot be made in it.
+    """Make the directory `path`. Raises OSError now, not after an hour, if it takes no files.
 
-    ValueError if it holds a link, through which what is written would end up elsewhere, or a pipe or device.
+    Raises ValueError if it holds a pipe, a device, or a link: through a link the program would
+    write into another directory.
     """
     path = Path(path)
     try:
@@ -219,19 +234,18 @@ def writable(path) -> Path:
         raise ValueError(
             f"no directory can be made at {path} ({error.strerror}): give another --out"
         ) from None
-    if other := next(
-        (p for p in path.iterdir() if p.is_symlink() or not (p.is_file() or p.is_dir())), None
-    ):
-        raise ValueError(
-            f"{other} is a link or a device, and a run writes only in its own directory: take it away, or give "
-            "another --out"
-        )
+    for entry in path.iterdir():
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise ValueError(
+                f"{entry} is a link or a device, and a run writes only in its own directory: "
+                "take it away, or give another --out"
+            )
     with tempfile.TemporaryFile(dir=path):
         return path
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict | None]]:
-    """Each line of a run's .jsonl file with its JSON object, which has a step; None for any other line."""
+    """Each line of a run's .jsonl file with its JSON object; None if that has no valid step."""
     with open(regular(path), encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             try:
@@ -239,24 +253,26 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict | None]]:
             except ValueError:
                 entry = None
             step = entry.get("step") if isinstance(entry, dict) else None
-            yield line, entry if type(step) is int and 0 <= step < 10**9 else None
+            is_valid = type(step) is int and 0 <= step < 10**9
+            yield line, entry if is_valid else None
 
 
 def describe(rollouts: list[Any], samples: int, seconds: float) -> dict[str, Any]:
-    """A step's metrics from all its rollouts, question-major: what the student did alone, then with help."""
-    own_length = sum(len(own_part(r)) for r in rollouts)
+    """A step's metrics from all its rollouts, question-major."""
     n = len(rollouts)
-    groups = [rollouts[start : start + samples] for start in range(0, n, samples)]
-    equal = sum(len({r.reward for r in group}) == 1 for group in groups)
+    own_length = sum(len(own_part(r)) for r in rollouts)
+    right = sum(r.finished and is_correct(r.attempt, r.answer) for r in rollouts)
+    equal = 0  # groups with the same reward for all: these have no gradient
+    for start in range(0, n, samples):
+        equal += len({r.reward for r in rollouts[start : start + samples]}) == 1
     return {
         "reflection_rate": sum(reflects(r.attempt) for r in rollouts) / n,
         "finished": sum(r.finished for r in rollouts) / n,
         "mean_length": own_length / n,
-        "sampled_accuracy": sum(r.finished and is_correct(r.attempt, r.answer) for r in rollouts)
-        / n,
+        "sampled_accuracy": right / n,
         "tokens_per_second": own_length / seconds,
         "reward": sum(r.reward for r in rollouts) / n,
-        "groups_equal": equal / len(groups),
+        "groups_equal": equal / (n / samples),
         **describe_help(rollouts),
     }
 
@@ -264,11 +280,13 @@ def describe(rollouts: list[Any], samples: int, seconds: float) -> dict[str, Any
 def own_part(rollout: Any) -> list[int]:
     """The ids that the student sampled, its stop token included."""
     start = rollout.guided_from
-    return rollout.response if start is None else [*rollout.response[:start], rollout.response[-1]]
+    if start is None:
+        return rollout.response
+    return [*rollout.response[:start], rollout.response[-1]]
 
 
 def describe_help(rollouts: list[Any]) -> dict[str, Any]:
-    """What the teacher did: replies that parse, opinions that are right, what its words earned."""
+    """What the teacher did: replies that parse, opinions that are right, rewards with its words."""
     asked = [r for r in rollouts if r.asked]
     parsed = [r for r in asked if r.feedback is not None]
     guided = [r for r in parsed if r.guided_from is not None]

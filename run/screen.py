@@ -16,20 +16,24 @@ def in_colour() -> bool:
 
 
 def coloured(text: str) -> str:
-    """Yellow, which is for reflection, where colours are shown."""
+    """The text in yellow, which marks reflection, if colours are shown."""
     return f"\x1b[33m{text}\x1b[0m" if text and in_colour() else text
 
 
 def clock(seconds: float) -> str:
-    return "{}:{:02}".format(*divmod(round(seconds), 60))
+    """Minutes and seconds, as 1:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
 
 
 def progress(line: str, last=False, plain=True):
-    """One line that rewrites itself on a terminal; elsewhere the lines marked `plain`, each on its own."""
+    """Show how far something is: on a terminal one line that is rewritten each time.
+
+    Elsewhere only the lines marked `plain`, and the last one, are printed.
+    """
     if sys.stdout.isatty():
-        line = line[
-            : shutil.get_terminal_size().columns - 1
-        ]  # a line that wraps could not be rewritten
+        width = shutil.get_terminal_size().columns
+        line = line[: width - 1]  # a line that wraps could not be rewritten
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
     elif plain or last:
         print(line, flush=True)
@@ -37,7 +41,10 @@ def progress(line: str, last=False, plain=True):
 
 @contextmanager
 def interruptible():
-    """SIGINT and SIGTERM only set `.is_set`, so a step is finished before the run ends; a second one ends it at once."""
+    """A first SIGINT or SIGTERM only sets `.is_set`, so that the run can finish its step.
+
+    A second one ends the program at once.
+    """
 
     class Flag:
         is_set = False

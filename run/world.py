@@ -1,10 +1,10 @@
 """Several processes on one run: `torchrun --nproc-per-node N thinktuning.py train ...`.
 
-Each process has its own share of the questions of every mini-batch: it samples, asks the teacher,
-rewards and compares by itself, because groups never cross questions. The processes meet in the update
-(the tokens of the mean, the gradient), for the metrics, and to agree when to stop.
-PyTorch's FSDP2 keeps the weights, their gradients and the optimiser's state in N parts and does the adding up;
-for sampling each process has a copy in one piece, since rows end at different times and nobody should wait at every token.
+Every process has its own share of a step's questions: it samples, asks the teacher, rewards and
+normalises for these alone, and computes their part of the gradient. PyTorch's FSDP2 keeps the
+weights, gradients and the optimiser's state in N parts and adds up the gradients. For sampling each
+process has a whole copy of the weights, because its rows end at their own times and it must not
+wait for the others at every token.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ T = TypeVar("T")
 
 
 class World:
-    """The processes of a run; by itself a process is a world of one, and everything here does nothing."""
+    """The processes of a run. With a single process every method returns what it was given."""
 
     def __init__(self, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> None:
         self.rank, self.size, self.dtype = rank, size, dtype
 
     @classmethod
     def start(cls, device: str, dtype: torch.dtype, minutes: int = 30) -> World:
-        """Join the others that torchrun started; the model computes in `dtype`. Who waits longer than `minutes` gives up."""
+        """Join the other processes that torchrun started. The model computes in `dtype`.
+
+        A process that waits longer than `minutes` for the others ends with an error.
+        """
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return cls()
         if device.startswith("cuda"):
-            place, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if place >= devices:
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            devices = torch.cuda.device_count()
+            if local_rank >= devices:
                 raise ValueError(
                     f"this machine has {devices} GPUs and more processes: "
                     f"lower --nproc-per-node to {devices}"
                 )
-            torch.cuda.set_device(place)
+            torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=minutes)
-            )
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         return cls(dist.get_rank(), size, dtype)
 
     @property
@@ -55,12 +58,13 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a list: neighbours stay together, parts differ by one at most."""
-        n = len(items)
-        return list(items[n * self.rank // self.size : n * (self.rank + 1) // self.size])
+        """This process's part of a list: consecutive items; the parts differ by one at most."""
+        start = len(items) * self.rank // self.size
+        end = len(items) * (self.rank + 1) // self.size
+        return list(items[start:end])
 
     def gather(self, items: list[T]) -> list[T]:
-        """Everybody's lists as one, in the order that `share` took them apart."""
+        """The lists of all processes as one, in the order of the processes."""
         if self.size == 1:
             return items
         parts: list[Any] = [None] * self.size
@@ -68,7 +72,10 @@ class World:
         return [item for part in parts for item in part]
 
     def shard(self, model: LM) -> None:
-        """Keep the weights in N parts of float32, each block put together in the dtype to compute in when it is needed."""
+        """Divide the model's float32 weights among the processes, in place.
+
+        When a block is needed, its weights are put together in the dtype to compute in.
+        """
         if self.size == 1:
             return
         from torch.distributed.fsdp import (
@@ -88,26 +95,28 @@ class World:
 
     @torch.no_grad()
     def whole(self, model: LM) -> LM:
-        """The model in one piece, to run without the others: itself, or this process's copy with the weights of now."""
+        """The model in one piece, which a process can run without the others.
+
+        With several processes this is a copy, into which the current weights are written.
+        """
         if self.size == 1:
             return model
-        for ours, spread in zip(self.copy.parameters(), model.parameters(), strict=True):
-            ours.copy_(full(spread))
+        for ours, divided in zip(self.copy.parameters(), model.parameters(), strict=True):
+            ours.copy_(full(divided))
         return self.copy
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor in one piece; every process must ask for it."""
+    """A tensor in one piece. Every process must call this, because each holds a part."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(stored, tensor):
-    """`stored`, which is in one piece, spread as `tensor` is."""
+    """`stored`, which is in one piece, divided among the processes as `tensor` is."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
         stored = stored.to(tensor.device, tensor.dtype)
-        return distribute_tensor(
-            stored, tensor.device_mesh, tensor.placements, src_data_rank=None
-        )  # everybody has read it
+        # Every process has read the whole tensor, so none has to send it to the others.
+        return distribute_tensor(stored, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return stored
