@@ -1,4 +1,4 @@
-"""The teacher: who gets help, asking, parsing, augmenting, and the schedule that sends the teacher home.
+"""The teacher: who gets help, asking, parsing, augmenting, and the schedule: when the teacher leaves.
 
 The teacher is any language model of the student's size, usually the student's own initial weights, frozen.
 It reads the question and the student's attempt, never the gold answer, and its words earn what they earn
@@ -57,12 +57,12 @@ def guidance_fraction(
         p = initial * (end / initial) ** progress if progress < 1 else minimum
     else:
         raise ValueError(f"unknown schedule {shape!r}: constant, linear, cosine or exp")
-    is_on = p > eps + 0.01 + 1e-12
+    is_on = p > eps + 0.01 + 1e-12  # p equal to the limit is off, whatever rounding does
     return p if is_on else 0.0
 
 
 def choose(finished: list[bool], group_size: int, fraction: float, rng: random.Random) -> list[int]:
-    """Whom to guide: sorted indices into `finished` (Q * G), which is question-major.
+    """Which rollouts to guide: sorted indices into `finished` (Q * G), which is question-major.
 
     Of each question's n finished rollouts k = max(1, ⌊n·p⌋) are drawn without replacement.
     Nobody is chosen where `fraction` is 0.
@@ -77,7 +77,7 @@ def choose(finished: list[bool], group_size: int, fraction: float, rng: random.R
 
 
 def choose_rollouts(
-    rollouts: list[Rollout], group_size: int, fraction: float, seed: str
+    rollouts: list[Rollout], group_size: int, fraction: float, seed: int, step: int
 ) -> list[Rollout]:
     """`choose` with random numbers that belong to each question, whoever works on it.
 
@@ -86,7 +86,7 @@ def choose_rollouts(
     chosen = []
     for start in range(0, len(rollouts), group_size):
         group = rollouts[start : start + group_size]
-        rng = random.Random(f"{seed} {group[0].question}")
+        rng = random.Random(f"choosing {seed} {step} {group[0].question}")
         finished = [rollout.finished for rollout in group]
         chosen += [group[i] for i in choose(finished, group_size, fraction, rng)]
     return chosen
@@ -132,7 +132,7 @@ class Teacher:
 
     def remember_exemplars(self) -> None:
         """Keep the keys and values of what every prompt begins with, because the weights never change."""
-        self.prefix_ids = self.prompt("", "")
+        self.prefix_ids = self.prompt("", "")  # an empty request has what every prompt begins with
         if len(self.prefix_ids) > self.max_prompt:
             raise ValueError(
                 f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the "
@@ -184,6 +184,10 @@ class Teacher:
             else:
                 self.cut += 1
         return replies
+
+    def ask_about(self, rollouts: list[Rollout]) -> list[str]:
+        """`ask` about the attempts of these rollouts."""
+        return self.ask([r.question for r in rollouts], [r.attempt for r in rollouts])
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Greedy replies; what the prompts share with the exemplars is not computed again."""
@@ -254,7 +258,7 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     attempt, end = rollout.response[:-1], rollout.response[-1:]
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
     added = tokenizer.encode(guidance)
-    augmented = attempt + added + end  # ô_i = o_i ⊕ reason ⊕ phrase
+    augmented = attempt + added + end  # ô_i = o_i ⊕ reason ⊕ phrase ⊕ end token
     if len(augmented) > max_tokens or not tokenizer.stop.isdisjoint(added):
         return False
     rollout.response, rollout.guided_from = augmented, len(attempt)

@@ -109,17 +109,17 @@ def train(
         transcribe=transcribe,
     ) as loop:
         for step, questions in loop:
-            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
+            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q. The policy is the
+            #    student as it is now.
             rollouts = sample_rollouts(
                 loop.policy, tokenizer, questions, config, loop.generator(step)
             )
             # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
-            p = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
-            helped = choose_rollouts(rollouts, config.samples, p, f"choosing {config.seed} {step}")
+            p_s = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
+            chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
             # 3. Ask the teacher: it reads the question and the attempt, never the answer y.
-            asked, attempts = [r.question for r in helped], [r.attempt for r in helped]
-            replies = teacher.ask(asked, attempts) if teacher else []
-            for rollout, reply in zip(helped, replies):
+            replies = teacher.ask_about(chosen) if teacher else []
+            for rollout, reply in zip(chosen, replies):
                 # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
                 feedback = parse_feedback(reply)
                 rollout.asked, rollout.feedback = True, feedback
@@ -129,17 +129,17 @@ def train(
             # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
             for rollout in rollouts:
                 rollout.reward = reward(rollout) + (bonus(rollout) if bonus else 0.0)
-            # 7. Advantages: Â_i = (r_i − mean r) / std r within each question's group.
+            # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
             set_advantages(rollouts, config.samples)
-            # 8. Update: snapshot log π_old of every token, then the loss and an AdamW step.
+            # 8. Update: log π_old of the augmented rollouts, then the loss and an AdamW step for
+            #    each mini-batch.
             snapshot(loop.policy, rollouts, config.micro_batch, config.temperature)
-            steps = [
-                update(
-                    student, optimizer, batch, settings=settings, reference=reference, world=world
+            updates = []
+            for batch in loop.mini_batches(rollouts):
+                updates.append(
+                    update(student, optimizer, batch, settings=settings, reference=reference, world=world)
                 )
-                for batch in loop.mini_batches(rollouts)
-            ]
-            loop.record(step, rollouts, {"fraction": p, **mean_of(steps)})
+            loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
     return loop.history
 
 
@@ -194,6 +194,7 @@ def reward(rollout: Rollout) -> float:
 
 
 def set_advantages(rollouts: list[Rollout], samples: int) -> None:
+    """Fill in Â of each rollout; `samples` of each question stand side by side."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
         rollout.advantage = advantage

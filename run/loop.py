@@ -62,6 +62,7 @@ class Loop:
         self.steps = config.steps or max(1, len(problems) // config.questions)
         self.schedule_steps = config.schedule_steps or self.steps
         self.first, self.history = run.restore(student, optimizer) if run else (0, [])
+        self.began, self.stopped = time.perf_counter(), False
 
     def __enter__(self) -> Loop:
         self.signals = interruptible()
@@ -117,11 +118,11 @@ class Loop:
         if self.is_due(step, self.config.eval_every):
             if self.teacher is not None and self.world.is_first:
                 warn_if_unparsed(self.teacher, self.history)
-            if self.validate is not None and not self.is_stopped():
+            if self.validate is not None and not self.signalled():
                 metrics.update(self.validate())
         if self.run:
             self.run.log(metrics, self.steps, self.transcribe(step, rollouts))
-        self.stopped = self.is_stopped()  # last, because a signal may come at any of this
+        self.stopped = self.signalled()  # last, because a signal may come at any of this
         saves = self.config.save_every > 0
         if self.run and saves and (self.stopped or self.is_due(step, self.config.save_every)):
             self.run.save(step + 1, self.student, self.optimizer)
@@ -131,7 +132,7 @@ class Loop:
         """Whether something that is done every so many steps, and at the end, is done after this one."""
         return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
 
-    def is_stopped(self) -> bool:
+    def signalled(self) -> bool:
         """If any process is signalled, all stop; otherwise the rest would wait for ever."""
         return any(self.world.gather([self.interrupted.is_set]))
 
