@@ -1,9 +1,9 @@
 r"""The reward: does the last \boxed{...} of a response equal the reference answer?
 
-A policy is trained against this file, so it reads conservatively. Numbers are exact and made of the
-digits 0-9; `1e400`, `nan`, superscripts and words are compared as text. LaTeX is read token by token,
-so that two spellings of what looks the same on paper are equal. Nothing is evaluated, and the time
-taken grows linearly with the text.
+A policy is trained against this file, so it reads conservatively. Numbers are exact and made of
+the digits 0-9; `1e400`, `nan`, superscripts and words are compared as text. LaTeX is read token by
+token, so that two spellings of what looks the same on paper are equal. Nothing is evaluated, and
+the time taken grows linearly with the text.
 """
 
 import functools
@@ -17,7 +17,8 @@ DEEPEST = 50  # groups inside groups; the braces of deeper ones are compared as 
 def equal(given: str, answer: str) -> bool:
     r"""Two answers have the same value and, where both have a name or a unit, the same one.
 
-    `x=5` and `5 \text{ cm}` equal 5. This is symmetric but not transitive: 5 equals both `x=5` and `y=5`.
+    `x=5` and `5 \text{ cm}` equal 5. This is symmetric but not transitive: 5 equals both `x=5`
+    and `y=5`.
     """
     ours, theirs = parts(given), parts(answer)
     same = all(a == b or not a or not b for a, b in zip(ours[1:], theirs[1:]))
@@ -25,16 +26,16 @@ def equal(given: str, answer: str) -> bool:
 
 
 def is_correct(text: str, answer: str, equal=equal) -> bool:
-    """The final answer of `text` equals `answer`. Only evaluation passes another `equal` (data.grading)."""
+    """The final answer of `text` equals `answer`. Only evaluation passes another `equal`."""
     given = final_answer(text)
     return given is not None and equal(given, answer)
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last box that is not empty, as written.
+    """What is in the last box that is not empty, as written.
 
-    None if the last box never closes: a response cut off in its final answer has none, and an earlier
-    box does not step in for it.
+    None if the last box never closes: a response that is cut off in its final answer has none, and
+    an earlier box does not replace it.
     """
     contents = _boxes(text)
     cut_off = contents[-1:] == [None]
@@ -54,12 +55,12 @@ def _is_answer(content: str | None) -> bool:
 
 
 def canonical(answer: str) -> Fraction | str:
-    """What answers that mean the same have in common: a Fraction for a number, else normalised text."""
+    """The same for answers that mean the same: a Fraction for a number, else normalised text."""
     return parts(answer)[0]
 
 
 def parts(answer: str) -> tuple[Fraction | str, str, str]:
-    r"""The canonical value, an unknown's name (`x =`, `x \in`), a number's unit; "" where there is none.
+    r"""The canonical value, an unknown's name (`x =`, `x \in`), a number's unit; "" if absent.
 
     A percentage is no number but text, and no unit: `50%` equals `50.0 \%`, but neither 50 nor 0.5.
     """
@@ -87,13 +88,15 @@ _BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|({_DECIMAL}(?:/{_DECIMAL})?))")
 
 def _boxes(text: str) -> list[str | None]:
     """The content of every box; None for one that does not close before the next begins."""
-    _, *pieces = _BOX.split(text)  # a number or None, what follows, a number or None, what follows, ...
+    _, *pieces = _BOX.split(
+        text
+    )  # a number or None, what follows, a number or None, what follows, ...
     boxes = zip(pieces[::2], pieces[1::2])
     return [_closed(tail) if number is None else number for number, tail in boxes]
 
 
 def _closed(tail: str) -> str | None:
-    r"""`tail` up to the brace that closes the box opened just before it; `\{` and `\}` are no braces."""
+    r"""`tail` up to the brace that closes the box before it; `\{` and `\}` are no braces."""
     # Of equal length, so that places in `plain` are places in `tail`. `\\` goes first: in `\\}` the
     # brace is real.
     plain = tail.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
@@ -106,10 +109,14 @@ def _closed(tail: str) -> str | None:
     return None
 
 
-# LaTeX. An answer becomes tokens, and these one string: every argument stands in braces, nothing else
-# does, and a space is only where it separates two words or a command from a letter.
+# LaTeX. An answer becomes tokens, and these become one string. In it every argument is in braces
+# and nothing else is, and a space only separates two words, or a command from a letter.
 
-_TEXT, _THIN, _JOIN = "\ue000", "\ue001", "\ue002"  # here text begins; a thin space; a negative space
+_TEXT, _THIN, _JOIN = (
+    "\ue000",
+    "\ue001",
+    "\ue002",
+)  # here text begins; a thin space; a negative space
 _DOLLAR = "\ue003"  # `\$`; a bare $ may be a mark of mathematics
 _TOKEN = re.compile(r"\\(?:begin|end)\{[a-zA-Z]*\}|\\[a-zA-Z]+|\\.|\s+|.", re.DOTALL)
 _SAME = {"\\ ": " "}  # token: the token that it is read as
@@ -117,20 +124,41 @@ for _meaning, _spellings in (
     ("", r"\left \right \middle \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle"),
     ("", r"\mathbf \mathit \mathsf \mathtt \boldsymbol \bm \bf \it"),
     (_TEXT, r"\text \textrm \textbf \textit \textsf \textnormal \mbox \hbox \mathrm \rm"),
-    (_THIN, "\\, \\: \\; \\> \u2009 \u202f"), (_JOIN, r"\!"), (" ", r"~ \quad \qquad"),
-    (_DOLLAR, r"\$"), ("£", r"\pounds"), ("°", r"\degree"), ("%", r"\%"), ("-", "\u2212"),
-    (r"\frac", r"\dfrac \tfrac \cfrac"), (r"\binom", r"\dbinom \tbinom"),
-    (r"\{", r"\lbrace"), (r"\}", r"\rbrace"), (r"\emptyset", r"\varnothing"),
-    (r"\le", r"\leq \leqslant ≤"), (r"\ge", r"\geq \geqslant ≥"), (r"\ne", r"\neq ≠"),
-    (r"\to", r"\rightarrow"), (r"\pi", "π"), (r"\infty", "∞"), (r"\cup", "∪"), (r"\in", "∈"),
-    (r"\begin{pmatrix}", r"\begin{bmatrix}"), (r"\end{pmatrix}", r"\end{bmatrix}"),
+    (_THIN, "\\, \\: \\; \\> \u2009 \u202f"),
+    (_JOIN, r"\!"),
+    (" ", r"~ \quad \qquad"),
+    (_DOLLAR, r"\$"),
+    ("£", r"\pounds"),
+    ("°", r"\degree"),
+    ("%", r"\%"),
+    ("-", "\u2212"),
+    (r"\frac", r"\dfrac \tfrac \cfrac"),
+    (r"\binom", r"\dbinom \tbinom"),
+    (r"\{", r"\lbrace"),
+    (r"\}", r"\rbrace"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\le", r"\leq \leqslant ≤"),
+    (r"\ge", r"\geq \geqslant ≥"),
+    (r"\ne", r"\neq ≠"),
+    (r"\to", r"\rightarrow"),
+    (r"\pi", "π"),
+    (r"\infty", "∞"),
+    (r"\cup", "∪"),
+    (r"\in", "∈"),
+    (r"\begin{pmatrix}", r"\begin{bmatrix}"),
+    (r"\end{pmatrix}", r"\end{bmatrix}"),
 ):
     _SAME |= dict.fromkeys(_spellings.split(" "), _meaning)
 
-_ARGUMENTS = {r"\frac": 2, r"\binom": 2}  # of commands not named here, groups behind them stay as they are
+# How many arguments a command has. Groups after a command that is not named here stay as they are.
+_ARGUMENTS = {r"\frac": 2, r"\binom": 2}
 _ARGUMENTS |= dict.fromkeys(r"^ _ \sqrt \overline \underline \vec \bar \hat \mathbb".split(), 1)
-_ARGUMENTS |= dict.fromkeys(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln".split(), 0)
-_ARGUMENTS |= dict.fromkeys(r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty".split(), 0)
+_ARGUMENTS |= dict.fromkeys(
+    r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln".split(), 0
+)
+_ARGUMENTS |= dict.fromkeys(
+    r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty".split(), 0
+)
 
 
 def _normalise(answer: str) -> str:
@@ -188,15 +216,18 @@ def _rest_of_group(end, tokens, written, depth):
 
 
 # Applied in this order. No pattern has two ways to match the same characters: none can blow up.
-_SPACES = [(re.compile(pattern), new) for pattern, new in (
-    (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
-    (rf"[ {_THIN}]+", " "),
-    (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
-    # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`, which is two numbers
-    (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
-    (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
-    (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
-)]
+_SPACES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
+        (rf"[ {_THIN}]+", " "),
+        (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
+        # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and the two numbers `1, 234`
+        (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
+        (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
+        (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
+    )
+]
 
 
 def _respace(text: str) -> str:
@@ -210,29 +241,46 @@ def _respace(text: str) -> str:
 _NAME = re.compile(r"[a-zA-Z](?:=|\\in(?![a-zA-Z]) ?)")
 _FRACTION = re.compile(rf"\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}(?![0-9.,/])")
 _CURRENCY = rf"[${_DOLLAR}¢£¤¥\u20a0-\u20cf]"
-_AMOUNT = re.compile(rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)(?: ([+-]?))?"  # `-\frac{{-1}}{{2}}` has two signs
-                     rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?")
-_SIGNS = str.maketrans({_TEXT: " ", "$": "", _DOLLAR: "dollar ", "¢": "cent ", "£": "pound ",
-                        "€": "euro ", "¥": "yen ", "°": "degree "})
+_AMOUNT = re.compile(
+    rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)(?: ([+-]?))?"  # `-\frac{{-1}}{{2}}` has two signs
+    rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?"
+)
+_SIGNS = str.maketrans(
+    {
+        _TEXT: " ",
+        "$": "",
+        _DOLLAR: "dollar ",
+        "¢": "cent ",
+        "£": "pound ",
+        "€": "euro ",
+        "¥": "yen ",
+        "°": "degree ",
+    }
+)
 
-# Letters are a unit in text, and where they can hardly be a product: `5 \text{ m}`, `5 eggs`, `5 km`,
-# but not `5 m` and `5 xy`.
+# Letters are a unit in text, and where they can hardly be a product: `5 \text{ m}`, `5 eggs`,
+# `5 km`, but not `5 m` and `5 xy`.
 _WORD = r"(?:[a-zA-Z]{2,}|[mgshL])(?:\^\{-?[1-9]\})?"
 _LIKELY = r" (?=[a-zA-Z]{4}|(?:[mck]m|ft|kg|mph|lbs?|hrs?|day|min|men)(?![a-zA-Z]))"
-_UNIT = re.compile(rf"{_TEXT}?(?:%|{_CURRENCY}|°{_TEXT}?[CF]?)|"
-                   rf"(?:{_TEXT}|{_LIKELY}){_WORD}(?:[ /.{_TEXT}-]+{_WORD})*")
+_UNIT = re.compile(
+    rf"{_TEXT}?(?:%|{_CURRENCY}|°{_TEXT}?[CF]?)|"
+    rf"(?:{_TEXT}|{_LIKELY}){_WORD}(?:[ /.{_TEXT}-]+{_WORD})*"
+)
 # Words that make another number of it, or another answer.
-_NO_UNIT = re.compile(r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial|percent\w*
+_NO_UNIT = re.compile(
+    r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial|percent\w*
     |pi|sqrt|infinity|alpha|beta|gamma|theta|half|halves|thirds?|quarters?
     |(?:fif|six|seven|eigh|nin|ten|twelf)ths?|(?:hundred|thousand|[mbtr]+illion|dozen)(?:th)?s?
     |zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b""", re.IGNORECASE | re.VERBOSE)
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def _amount(text: str) -> tuple[Fraction | None, str]:
-    r"""The value and unit of `-1,234.50`, `\$5`, `1/2`, `1\frac{4}{5}`, `5 km`; None, "" for all else."""
+    r"""The value and unit of `-1,234.50`, `\$5`, `1\frac{4}{5}`, `5 km`; None, "" for all else."""
     match = _AMOUNT.match(_FRACTION.sub(r" \1/\2", text))  # so `1\frac{4}{5}` is read as `1 4/5`
-    rest = match.string[match.end():] if match else ""
+    rest = match.string[match.end() :] if match else ""
     if not match or _NO_UNIT.search(rest) or rest and not _UNIT.fullmatch(rest):
         return None, ""
     before, sign, after, inner_sign, whole, top, bottom = match.groups("")
@@ -246,7 +294,7 @@ def _amount(text: str) -> tuple[Fraction | None, str]:
 
 
 def _unit(text: str) -> str:
-    r"""One spelling of a unit: `Hours` is `hour`, `\$` and `\$ dollars` are `dollar`; `mW` is not `MW`."""
+    r"""One spelling of a unit: `Hours` is `hour`, `\$ dollars` is `dollar`; `mW` is not `MW`."""
     text = text.translate(_SIGNS)
     words = re.sub("[a-zA-Z]{4,}", lambda word: word[0].lower().removesuffix("s"), text).split()
     return " ".join(words[1:] if words[:1] == words[1:2] else words)
@@ -254,9 +302,11 @@ def _unit(text: str) -> str:
 
 # What is no number.
 
+
 def _as_text(text: str) -> str:
     text = _respace(text.replace(_TEXT, " ")).replace(" ,", ",").replace(", ", ",").strip()
-    text = re.sub(r"\\cdot(?=\\(?:sqrt|pi)(?![a-zA-Z]))", "", text)  # `2 \cdot \frac12` is not `2\frac12`
+    # Not before \frac: `2 \cdot \frac12` is not `2\frac12`.
+    text = re.sub(r"\\cdot(?=\\(?:sqrt|pi)(?![a-zA-Z]))", "", text)
     if re.fullmatch(r"\([a-zA-Z]\)", text):  # (B), of a choice
         return text[1]
     inside = text[2:-2]
@@ -274,4 +324,9 @@ def _elements(text: str) -> list[str]:
             elements.append("")
         else:
             elements[-1] += char
-    return [str(n) if (n := _amount(e)[0]) is not None and not _amount(e)[1] else e for e in elements]
+    canonical_elements = []
+    for element in elements:
+        number, unit = _amount(element)
+        is_number = number is not None and not unit
+        canonical_elements.append(str(number) if is_number else element)
+    return canonical_elements
