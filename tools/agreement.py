@@ -1,4 +1,4 @@
-r"""How often the built-in comparison and math-verify agree, on the reference answers of a problem file.
+r"""How often the built-in comparison and math-verify agree, on the answers of a problem file.
 
     python -m tools.agreement FILE > results/grading-math500.json
 

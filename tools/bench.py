@@ -92,8 +92,9 @@ def main(argv=None) -> int:
         return 0
     bench = Bench(args)
     print(
-        f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
-        f"{bench.bandwidth / 1e9:.1f} GB/s, {bench.rate / 1e9:,.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}"
+        f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, "
+        f"{args.dtype}; {bench.bandwidth / 1e9:.1f} GB/s, {bench.flops / 1e9:,.0f} GFLOP/s; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print(f"{'shape':<8}{'part':<10}{'what':<50}{'median':>9}   {'spread':<19}")
     for name in args.shapes:
@@ -118,12 +119,12 @@ def check(args) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine, or this build of torch, has none")
-    if args.problems and not all(
-        "question" in json.loads(line) for line in Path(args.problems).read_text().splitlines()
-    ):
-        raise ValueError(
-            f"{args.problems}: every line must be an object with a question and an answer"
-        )
+    if args.problems:
+        lines = Path(args.problems).read_text().splitlines()
+        if not all("question" in json.loads(line) for line in lines):
+            raise ValueError(
+                f"{args.problems}: every line must be an object with a question and an answer"
+            )
     if args.base:
         Tokenizer.load(args.base)
         LM.load(args.base)
@@ -133,27 +134,20 @@ def check(args) -> None:
 
 class Bench:
     def __init__(self, args):
-        self.device, self.dtype, self.repeats, self.threads = (
-            args.device,
-            getattr(torch, args.dtype),
-            args.repeats,
-            args.threads,
-        )
+        self.device, self.dtype = args.device, getattr(torch, args.dtype)
+        self.repeats, self.threads = args.repeats, args.threads
         self.model, self.results = None, []
         size, side = (1 << 28, 8192) if args.device == "cuda" else (1 << 26, 1024)
-        store, square = (
-            torch.ones(size, device=args.device),
-            torch.randn(2, side, side, device=args.device, dtype=self.dtype),
-        )
-        self.bandwidth = store.nbytes / min(self.times({"read": store.sum})["read"])
-        self.rate = (
-            2 * side**3 / min(self.times({"multiply": lambda: square[0] @ square[1]})["multiply"])
-        )
-        name = (
-            torch.cuda.get_device_name()
-            if args.device == "cuda"
-            else f"{platform.processor() or platform.machine()} CPU"
-        )
+        store = torch.ones(size, device=args.device)
+        reading = self.times({"": store.sum})[""]
+        self.bandwidth = store.nbytes / min(reading)  # bytes a second
+        a, b = torch.randn(2, side, side, device=args.device, dtype=self.dtype)
+        multiplying = self.times({"": lambda: a @ b})[""]
+        self.flops = 2 * side**3 / min(multiplying)  # floating-point operations a second
+        if args.device == "cuda":
+            name = torch.cuda.get_device_name()
+        else:
+            name = f"{platform.processor() or platform.machine()} CPU"
         self.about = {
             "device": name,
             "threads": args.threads,
@@ -164,7 +158,7 @@ class Bench:
             "repeats": args.repeats,
             "load": os.getloadavg(),
             "bytes_per_second": self.bandwidth,
-            "flops_per_second": self.rate,
+            "flops_per_second": self.flops,
         }
 
     def times(self, functions: dict) -> dict[str, list[float]]:
@@ -179,8 +173,9 @@ class Bench:
 
     def report(self, shape, part, what, seconds, note="", **more):
         median = statistics.median(seconds)
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
         print(
-            f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {min(seconds):.3f} to {max(seconds):.3f}  {note}",
+            f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {spread}  {note}",
             flush=True,
         )
         self.results.append(
@@ -206,7 +201,10 @@ class Bench:
     # What this machine needs at the least.
 
     def pass_floor(self, rows, tokens, before, head_rows):
-        """Seconds of one pass of `tokens` tokens in each of `rows` rows behind `before` positions; `head_rows` see the head."""
+        """The floor of a pass of `tokens` tokens in each of `rows` rows, after `before` positions.
+
+        The output head works on `head_rows` tokens.
+        """
         c, m = self.model.config, self.model
         head = m.head.weight.numel()
         body = sum(p.numel() for p in m.layers.parameters())
@@ -217,14 +215,17 @@ class Bench:
             + 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
         )
         cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * rows * (before + tokens)
-        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.rate)
+        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.flops)
 
     def rollout_floor(self, prompts, rows):
         steps = (self.pass_floor(rows, 1, LENGTH + t, rows) for t in range(LENGTH - 1))
         return self.pass_floor(prompts, LENGTH, 0, prompts) + sum(steps)
 
     def update_floor(self, rows, tokens, response):
-        """Forward, and twice that backward; AdamW reads weight, gradient and two moments and writes all but the gradient."""
+        """The floor of an update: a forward pass, twice that for the backward pass, and AdamW.
+
+        AdamW reads weights, gradients and two moments, and writes all but the gradients.
+        """
         size = sum(p.numel() for p in self.model.parameters())
         return 3 * self.pass_floor(rows, tokens, 0, rows * response) + 7 * 4 * size / self.bandwidth
 
@@ -270,7 +271,8 @@ class Bench:
                 self.note(
                     shape,
                     "rollouts",
-                    f"the first call took {more:.2f}s longer: {RECORDER.traces - traces} steps traced; "
+                    f"the first call took {more:.2f}s longer: "
+                    f"{RECORDER.traces - traces} steps traced; "
                     f"{RECORDER.count - count_before} recordings in {self.repeats + 2} calls",
                     first_s=first,
                 )

@@ -99,7 +99,7 @@ def spoil_json(text: bytes, rng) -> bytes | None:
     return json.dumps(root.get("")).encode()
 
 
-# The readers: each takes an input and an empty directory of its own, and lets through what it should not.
+# The readers. Each takes an input and an empty directory; an error that escapes is a finding.
 
 
 def reward(data, directory):
@@ -325,7 +325,10 @@ def tokenizer_seeds():
                 "ignore_merges": name == "llama3",
             },
         }
-        template = "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' <|eot_id|>Cutting Knowledge Date"
+        template = (
+            "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' "
+            "<|eot_id|>Cutting Knowledge Date"
+        )
         seeds.append(
             joined(
                 {
