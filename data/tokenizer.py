@@ -632,8 +632,10 @@ def apply_merges(token, rank) -> tuple[list[str], int | None]:
     """BPE as it is defined: join the pair of lowest rank, leftmost first, until no pair has one."""
     parts, last = list(token), None
     while True:
-        ranks = [(rank(*pair), i) for i, pair in enumerate(pairwise(parts))]
-        ranked = [(r, i) for r, i in ranks if r is not None]
+        ranked = []
+        for i, pair in enumerate(pairwise(parts)):
+            if (r := rank(*pair)) is not None:
+                ranked.append((r, i))
         if not ranked:
             return parts, last
         last, i = min(ranked)
