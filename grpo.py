@@ -71,7 +71,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     shape = tuple(rewards.shape)
     if len(shape) != 2 or not rewards.isfinite().all():
         raise ValueError(f"rewards must be a matrix of finite numbers (Q, G), not {shape}")
-    if shape[1] < 2:  # the std of one number does not exist
+    if shape[0] == 0 or shape[1] < 2:  # no group, or one number, whose std does not exist
         return torch.zeros_like(rewards)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -145,7 +145,7 @@ def token_losses(
         "dual_clip_fraction": (dual_clipped & ordinary, mask),
         "guided_share": (guided, mask),
         "shaped_share": (shaped, mask),
-        "w_guided": (w, guided),
+        "w_guided": (w.detach(), guided),
         "pi_guided": (pi, guided),
     }
 
@@ -382,8 +382,8 @@ class HeadLogprobs(torch.autograd.Function):
 
     Goes through the head `size` rows at a time, so that the (N, V) logits never exist, and again
     in the backward pass. Slices of positions would read and write all of the weight each time.
-    The head's gradient is added to `head_grad`, if given, what the optimizer reads as such: else
-    a tied embedding's would wait, as large as itself, until the end of the backward pass.
+    `head_grad`, if given, is what the optimizer reads as the head's gradient, and it is added to
+    in place: of a tied embedding one as large would else wait for the end of the backward pass.
     """
 
     @staticmethod
@@ -413,17 +413,14 @@ class HeadLogprobs(torch.autograd.Function):
         grad = grad / temperature
         for part, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
             p = logits.sub_(log_z[:, None]).exp_()
-            logits_grad = p.mul_(
-                -grad[:, None]
-            )  # d log p(target) / dz = (one-hot − p) / temperature
-            logits_grad = logits_grad.scatter_add_(-1, at, (grad * inside)[:, None]).to(
-                weight.dtype
-            )
-            states_grad += logits_grad @ weight[part]
+            # d log p(target) / dz = (one-hot − p) / temperature
+            z_grad = p.mul_(-grad[:, None]).scatter_add_(-1, at, (grad * inside)[:, None])
+            z_grad = z_grad.to(weight.dtype)
+            states_grad += z_grad @ weight[part]
             if weight_grad.dtype == states.dtype:
-                weight_grad[part].addmm_(logits_grad.T, states)
+                weight_grad[part].addmm_(z_grad.T, states)
             else:  # a float32 master's
-                weight_grad[part] += logits_grad.T @ states
+                weight_grad[part] += z_grad.T @ states
         own = weight_grad if head_grad is None else None
         return states_grad.to(states.dtype), own, None, None, None, None
 
@@ -431,8 +428,8 @@ class HeadLogprobs(torch.autograd.Function):
 def logit_slices(
     states: Tensor, weight: Tensor, targets: Tensor, size: int, temperature: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """By slices of R rows of the head: which, their z / temperature (N, R) in float32, where in
-    the slice each target is (N, 1), and whether it is in there at all (N,)."""
+    """Of each slice of R rows of the head: which rows, z / temperature (N, R) float32, the places
+    of the targets in it (N, 1), and whether they are in it at all (N,)."""
     for start in range(0, len(weight), size):
         part = slice(start, min(start + size, len(weight)))
         logits = (states @ weight[part].T).float()

@@ -135,10 +135,20 @@ class Teacher:
         self.prefix_ids = self.prompt("", "")
         if len(self.prefix_ids) > self.max_prompt:
             raise ValueError(
-                f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the {self.max_prompt} "
-                "its prompt may have; raise --teacher-prompt or use a longer context"
+                f"the teacher's exemplars take {len(self.prefix_ids)} tokens, more than the "
+                f"{self.max_prompt} its prompt may have: {self.more_room()}"
             )
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
+
+    def more_room(self) -> str:
+        """What makes room for the exemplars. `ask` has no flag for it, and gives the teacher all room."""
+        needed, context = len(self.prefix_ids), self.model.config.max_seq_len
+        if needed < context - self.max_tokens:
+            return f"raise --teacher-prompt well above {needed}"
+        longer = "give a teacher with a longer context"
+        if needed < context:
+            return f"lower --teacher-reply of train well below {context - needed}, or {longer}"
+        return longer
 
     def prompt(self, question: str, attempt: str) -> list[int]:
         """The ids of a request. This is the one place where a teacher's prompt is made."""

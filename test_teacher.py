@@ -10,7 +10,6 @@ import random
 import re
 import time
 import unicodedata
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -28,9 +27,18 @@ from data.reward import final_answer, is_correct
 from data.tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer
 from grpo import Rollout, snapshot, token_logprobs
 from model import LM, ModelConfig
-from run import config
-from sampler import generate
-from teacher import Feedback, Teacher, augment, choose, guidance_fraction, parse_feedback
+from run.config import Config
+from run.world import World
+from sampler import common_prefix, generate
+from teacher import (
+    Feedback,
+    Teacher,
+    augment,
+    choose,
+    choose_rollouts,
+    guidance_fraction,
+    parse_feedback,
+)
 from thinktuning import main
 
 PROPERTY = settings(max_examples=200, deadline=None)
@@ -127,6 +135,39 @@ def test_every_finished_rollout_may_be_chosen():
     rng = random.Random(0)
     drawn = [choose([True, False, True, True, True], 5, 0.1, rng)[0] for _ in range(400)]
     assert {i: 70 < drawn.count(i) < 130 for i in set(drawn)} == {0: True, 2: True, 3: True, 4: True}
+
+
+def groups(finished, size):
+    """Rollouts of questions 0, 1, ..., `size` each."""
+    return [Rollout([1], [i], done, question=f"Question {i // size}") for i, done in enumerate(finished)]
+
+
+@PROPERTY
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=7), st.integers(1, 5),
+       st.integers(1, 100), st.integers(0, 3))
+def test_one_process_and_several_choose_alike(finished, processes, percent, seed):
+    rollouts, seed = groups(sum(finished, []), 4), f"choosing {seed} 0"
+    alone = choose_rollouts(rollouts, 4, percent / 100, seed)
+    per_question = [rollouts[start : start + 4] for start in range(0, len(rollouts), 4)]
+    together = []
+    for rank in range(processes):
+        own = sum(World(rank, processes).share(per_question), [])
+        together += choose_rollouts(own, 4, percent / 100, seed)
+    assert list(map(id, together)) == list(map(id, alone))
+    assert [sum(r.question == f"Question {q}" for r in alone) for q in range(len(finished))] == [
+        max(1, sum(group) * percent // 100) if any(group) else 0 for group in finished]
+    backwards = choose_rollouts(sum(per_question[::-1], []), 4, percent / 100, seed)
+    assert sorted(map(id, backwards)) == sorted(map(id, alone))  # nor does the place in the batch matter
+
+
+def test_each_question_and_each_step_has_its_own_draw():
+    rollouts = groups([True] * 5 * 400, 5)
+    drawn = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, "choosing 0 0")]
+    later = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, "choosing 0 1")]
+    for draws in (drawn, later):
+        assert all(50 < draws.count(i) < 110 for i in range(5))
+    assert 40 < sum(a == b for a, b in zip(drawn, later, strict=True)) < 120
+    assert choose_rollouts(rollouts, 5, 0.0, "choosing 0 0") == []
 
 
 # ------------------------------------------------------------------ parsing
@@ -235,6 +276,13 @@ def test_a_response_that_would_get_too_long_stays_as_it_was():
     assert not augment(too_long, FEEDBACK, BUILTIN, len(fits.response) - 1) and too_long == attempted("So 5.")
 
 
+def test_a_right_answer_that_cannot_be_augmented_keeps_its_end_and_its_reward():
+    """The published code cuts what is too long, and with it the end token."""
+    kept = attempted("So \\boxed{5}.", answer="5", text="So \\boxed{5}.")
+    assert not augment(kept, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9)
+    assert kept.finished and kept.response[-1] == END and thinktuning.reward(kept) == 1
+
+
 # ------------------------------------------------------------------ the teacher around tiny random models
 
 
@@ -307,7 +355,8 @@ def full_prompts(monkeypatch, teacher):
 @pytest.mark.parametrize("rows", (1, 3, 64))
 def test_replies_from_the_cached_prefix_are_greedy_replies_to_the_whole_prompt(monkeypatch, tokenizer, rows):
     teacher, replies = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=8, rows=rows), []
-    monkeypatch.setattr(teacher, "parse", replies.append)
+    ask = teacher.generate
+    monkeypatch.setattr(teacher, "generate", lambda prompts: [replies.extend(found := ask(prompts)), found][1])
     teacher.feedback(QUESTIONS, RESPONSES)
     teacher.feedback([""], [""])  # shares more with the prefix than the others do
     teacher.feedback(QUESTIONS, RESPONSES)
@@ -327,15 +376,18 @@ def test_the_prefix_is_computed_once_per_run(monkeypatch, llama3):
     seen.clear()
     for _ in range(3):
         teacher.feedback(QUESTIONS[:2], RESPONSES[:2])
-    longest = max(len(teacher.prompt(q, r)) for q, r in zip(QUESTIONS[:2], RESPONSES[:2]))
-    assert sum(seen) <= 3 * 2 * (longest - prefix + 20 + 3) < prefix
+    prompts = [teacher.prompt(q, r) for q, r in zip(QUESTIONS[:2], RESPONSES[:2])]
+    shared = min(common_prefix(teacher.prefix_ids, prompt) for prompt in prompts)
+    assert llama3.decode(teacher.prefix_ids[:shared]).endswith("Question:\n")  # all that the two have in common
+    assert sum(seen) <= 3 * 2 * (max(map(len, prompts)) - shared + 3) < prefix
 
 
 def test_the_exemplar_prompt_is_system_message_four_exemplars_and_the_request(llama3):
     text = llama3.decode(Teacher(tiny_model(llama3), llama3, max_tokens=4).prompt("Why {0}?", "Because {x}."))
     turns = re.findall(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)(?:<\|eot_id\|>|$)", text, re.DOTALL)
     assert turns[0] == ("system", SYSTEM) and turns[-1] == ("assistant", "")
-    assert turns[-2] == ("user", "Question:\nWhy {0}?\n\nResponse:\nBecause {x}.")
+    assert turns[-2] == ("user", f"Question:\nWhy {{0}}? {INSTRUCTION}\n\nResponse:\nBecause {{x}}.")
+    assert text.count(INSTRUCTION) == 1  # as the student was asked, and once
     assert turns[1:-2] == [turn for q, r, f in EXEMPLARS
                            for turn in (("user", f"Question:\n{q}\n\nResponse:\n{r}"), ("assistant", f))]
 
@@ -360,11 +412,27 @@ def test_the_teachers_weights_are_frozen(monkeypatch, tokenizer):
     assert all(torch.equal(x, before[name]) for name, x in teacher.model.state_dict().items())
 
 
+def after_a_step(monkeypatch, teacher, rollouts, tokenizer, samples, share=1.0, max_tokens=100):
+    """The metrics of one training step in which the student said just these rollouts, which the step fills in."""
+    monkeypatch.setattr(thinktuning, "sample_rollouts", lambda *_: rollouts)
+    config = Config(steps=1, questions=len(rollouts) // samples, samples=samples, max_tokens=max_tokens,
+                    schedule="constant", p_init=share, micro_batch=8192)
+    problems = [Problem(r.question, r.answer) for r in rollouts[::samples]]
+    (metrics,) = thinktuning.train(tiny_model(tokenizer), tokenizer, problems, config, teacher=teacher)
+    return metrics
+
+
+def said(tokenizer, text, finished=True, **more):
+    """A rollout in which the student said `text`."""
+    ids = tokenizer.encode(text) + [min(tokenizer.stop)] * finished
+    return Rollout([1], ids, finished, text=text, attempt=text, **more)
+
+
 def test_the_gold_answer_is_in_no_prompt(monkeypatch, tokenizer):
-    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4, published=frozenset(config.PUBLISHED))
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4)
     texts = full_prompts(monkeypatch, teacher)
-    rollout = Rollout([1], tokenizer.encode("So 5.") + [min(tokenizer.stop)], True, question="What is it?", answer="98765")
-    teacher.guide([rollout] * 2, tokenizer, 2, 1.0, random.Random(0), 100)
+    rollouts = [said(tokenizer, "So 5.", question="What is it?", answer="98765") for _ in range(2)]
+    after_a_step(monkeypatch, teacher, rollouts, tokenizer, samples=2)
     assert len(texts) == 2 and all("What is it?" in text and "So 5." in text and "98765" not in text for text in texts)
 
 
@@ -384,32 +452,44 @@ def test_prompt_and_reply_stay_within_the_context(llama3):
     assert teacher.feedback(["Why? " * 10], ["So 5."]) == [None] and teacher.dropped == 1
 
 
-def test_a_reply_without_its_end_token_is_no_feedback():
+def test_a_reply_without_its_end_token_is_no_feedback(monkeypatch):
     teacher = Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4)
-    assert teacher.parse(BUILTIN.encode(GOOD) + [END]) == parse_feedback(GOOD)
-    assert teacher.parse(BUILTIN.encode(GOOD)) is None and teacher.parse(BUILTIN.encode(GOOD + "\n")) is None
+    ids = BUILTIN.encode(GOOD)
+    monkeypatch.setattr(teacher, "generate", lambda prompts: [ids + [END], ids, BUILTIN.encode(GOOD + "\n")])
+    assert teacher.ask(["Why?"] * 3, ["So 5."] * 3) == [GOOD, "", ""] and teacher.cut == 2
+    assert teacher.feedback(["Why?"] * 3, ["So 5."] * 3) == [parse_feedback(GOOD), None, None]
 
 
-def test_guide_augments_the_chosen_whose_feedback_parses_and_tells_whom_it_asked(monkeypatch, tokenizer):
-    end = min(tokenizer.stop)
-    rollouts = [Rollout([1], tokenizer.encode(f"So {i}.") + [end] * (i != 1), i != 1, question=f"Question {i}")
-                for i in range(6)]
+def test_a_long_reply_is_feedback_as_any_other(monkeypatch):
+    """The published code drops feedback of more than 512 tokens."""
+    long = GOOD.replace("I see.", "I see. " * 300)
+    teacher = Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=1024)
+    scripted(monkeypatch, BUILTIN, long)
+    assert len(BUILTIN.encode(long)) > 600
+    assert teacher.feedback(["Why?"], ["So 5."]) == [parse_feedback(long)] and parse_feedback(long)
+
+
+def test_a_step_augments_the_chosen_whose_feedback_parses_and_knows_whom_it_asked(monkeypatch, tokenizer):
+    rollouts = [said(tokenizer, f"So {i}.", i != 1, question=f"Question {i}") for i in range(6)]
     asked = scripted(monkeypatch, tokenizer, GOOD, "no tags", *[GOOD.replace("I see.", f"I saw {i}.") for i in (3, 4, 5)])
-    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, tokenizer, 3, 1.0, random.Random(0), 100)
-    assert [(i, attempt) for i, _, attempt in told] == [(i, f"So {i}.") for i in (0, 2, 3, 4, 5)]
-    assert [f and f.reason for _, f, _ in told] == ["I see.", None, "I saw 3.", "I saw 4.", "I saw 5."]
-    assert all(f"{i}" in prompt and f"So {i}." in prompt for prompt, i in zip(asked, (0, 2, 3, 4, 5)))
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4)
+    metrics = after_a_step(monkeypatch, teacher, rollouts, tokenizer, samples=3)
+    assert [(i, r.attempt) for i, r in enumerate(rollouts) if r.asked] == [(i, f"So {i}.") for i in (0, 2, 3, 4, 5)]
+    assert [r.feedback and r.feedback.reason for r in rollouts] == ["I see.", None, None, "I saw 3.", "I saw 4.", "I saw 5."]
+    assert all(f"{i}" in prompt and f"So {i}." in prompt for prompt, i in zip(asked, (0, 2, 3, 4, 5), strict=True))
     for i, r in enumerate(rollouts):
         own = tokenizer.encode(f"So {i}.")
         assert (r.guided_from, r.response[: len(own)]) == (None if i in (1, 2) else len(own), own)
         assert (f"I saw {i}." in tokenizer.decode(r.response)) == (i >= 3)
+    assert (metrics["teacher_asked"], metrics["teacher_parsed"], metrics["guided"]) == (5, 4, 4)
 
 
-def test_a_random_teacher_gives_no_feedback_and_changes_nothing(tokenizer):
-    end = min(tokenizer.stop)
-    rollouts = [Rollout([1], tokenizer.encode("So 5.") + [end], True, question="Why?") for _ in range(4)]
-    told = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4).guide(rollouts, tokenizer, 2, 0.1, random.Random(0), 100)
-    assert [f for _, f, _ in told] == [None, None] and all(r.guided_from is None and len(r.response) < 9 for r in rollouts)
+def test_a_random_teacher_gives_no_feedback_and_changes_nothing(monkeypatch, tokenizer):
+    rollouts = [said(tokenizer, "So 5.", question="Why?") for _ in range(4)]
+    teacher = Teacher(tiny_model(tokenizer), tokenizer, max_tokens=4)
+    metrics = after_a_step(monkeypatch, teacher, rollouts, tokenizer, samples=2, share=0.1)
+    assert (metrics["teacher_asked"], metrics["teacher_parsed"], sum(r.asked for r in rollouts)) == (2, 0, 2)
+    assert all(r.feedback is None and r.guided_from is None and len(r.response) < 9 for r in rollouts)
 
 
 # ------------------------------------------------------------------ a Qwen-shaped teacher of a Llama-shaped student
@@ -418,27 +498,30 @@ def test_a_random_teacher_gives_no_feedback_and_changes_nothing(tokenizer):
 def test_student_and_teacher_exchange_text_and_keep_their_ids_to_themselves(monkeypatch, llama3, qwen):
     attempt, guidance = "The answer is \\boxed{3}.", "\n\nI see.\n\nSo \\boxed{4}."
     end = llama3.special["<|eot_id|>"]
-    rollout = Rollout([1], [*llama3.encode(attempt), end], True, question="What is 2 + 2?", answer="4", text=attempt)
+    rollout = Rollout([1], [*llama3.encode(attempt), end], True, question="What is 2 + 2?", answer="4", text=attempt, attempt=attempt)
+    other = said(llama3, attempt, finished=False, question="What is 2 + 2?", answer="4")
     asked = scripted(monkeypatch, qwen, GOOD)
-    told = Teacher(tiny_model(qwen), qwen, max_tokens=4).guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
-    assert told == [(0, parse_feedback(GOOD), attempt)]
-    request = f"What is 2 + 2?\n\nResponse:\n{attempt}<|im_end|>\n<|im_start|>assistant\n"
+    after_a_step(monkeypatch, Teacher(tiny_model(qwen), qwen, max_tokens=4), [rollout, other], llama3, samples=2)
+    assert (rollout.feedback, rollout.attempt) == (parse_feedback(GOOD), attempt) and not other.asked
+    request = f"What is 2 + 2? {INSTRUCTION}\n\nResponse:\n{attempt}<|im_end|>\n<|im_start|>assistant\n"
     assert asked == [request]  # behind the prefix that is computed once
     assert rollout.response == [*llama3.encode(attempt), *llama3.encode(guidance), end]
     assert llama3.decode(rollout.response[rollout.guided_from : -1]) == guidance
-    assert rollout.text == attempt + guidance and thinktuning.reward(rollout) == 1
+    assert rollout.text == attempt + guidance and thinktuning.reward(rollout) == rollout.reward == 1
     assert qwen.decode(rollout.response) != llama3.decode(rollout.response)  # or nothing was tested
 
 
 def test_ids_that_spell_rubbish_earn_nothing_whatever_the_teachers_vocabulary_makes_of_them(monkeypatch, llama3, qwen):
     ids = qwen.encode("The answer is \\boxed{4}.")
     rubbish = llama3.decode(ids)
-    rollout = Rollout([1], [*ids, llama3.special["<|eot_id|>"]], True, answer="4", text=rubbish)
+    rollout = Rollout([1], [*ids, llama3.special["<|eot_id|>"]], True, answer="4", text=rubbish, attempt=rubbish)
+    other = said(llama3, "", finished=False, answer="4")
+    other.response = ids
     asked = scripted(monkeypatch, qwen, GOOD.replace("So \\boxed{4}.", "That holds."))
-    Teacher(tiny_model(qwen), qwen, max_tokens=4).guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
+    after_a_step(monkeypatch, Teacher(tiny_model(qwen), qwen, max_tokens=4), [rollout, other], llama3, samples=2)
     assert asked[0].endswith(f"{rubbish}<|im_end|>\n<|im_start|>assistant\n")
     assert rollout.guided_from == len(ids) and rollout.text == rubbish + "\n\nI see.\n\nThat holds."
-    assert is_correct(qwen.decode(rollout.response), "4") and thinktuning.reward(rollout) == 0
+    assert is_correct(qwen.decode(rollout.response), "4") and thinktuning.reward(rollout) == rollout.reward == 0
 
 
 @PROPERTY
@@ -482,9 +565,9 @@ def test_training_with_a_teacher_of_another_family_end_to_end(student_and_teache
     data, out, seen = tmp_path / "problems.jsonl", tmp_path / "run", []
     data.write_text("".join(json.dumps({"question": f"What is {i} + {4 - i}?", "answer": "4"}) + "\n" for i in range(4)))
     asked = scripted(monkeypatch, qwen, *[GOOD] * 99)
-    learn = thinktuning.learn
-    monkeypatch.setattr(thinktuning, "learn", lambda model, optimizer, rollouts, *rest: (
-        seen.extend(rollouts), learn(model, optimizer, rollouts, *rest))[1])
+    learn = thinktuning.snapshot
+    monkeypatch.setattr(thinktuning, "snapshot", lambda model, rollouts, *rest: (
+        seen.extend(rollouts), learn(model, rollouts, *rest))[1])
     flags = "--steps 2 --questions 2 --samples 4 --max-tokens 60 --mini-batch 2 --teacher-reply 200 --schedule constant " \
             "--learning-rate 1e-3 --kl-coef 0.1 --device cpu"
     assert main(["train", "--model", model, "--teacher", teacher, "--data", str(data), "--out", str(out), *flags.split()]) == 0
@@ -536,63 +619,3 @@ def test_each_exemplar_parses_shows_its_behaviour_is_right_and_speaks_as_the_stu
 def test_the_first_cue_names_the_behaviour():
     assert behaviour("I was too quick. Wait, that does not fit.") == "self-critique"
     assert behaviour("The answer is 4.") is None
-
-
-# ------------------------------------------------------------------ notes on the published code (METHOD section 6)
-
-
-def test_published_2_the_teacher_reads_the_instruction_twice(monkeypatch, llama3):
-    def times(**options):
-        teacher = Teacher(tiny_model(llama3), llama3, max_tokens=4, instruction=INSTRUCTION, **options)
-        texts = full_prompts(monkeypatch, teacher)
-        rollout = Rollout([1], llama3.encode("So 5.") + [min(llama3.stop)], True, question="Why?")
-        teacher.guide([rollout], llama3, 1, 1.0, random.Random(0), 100)
-        return texts[0].count(INSTRUCTION)
-
-    assert times(published={"instruction"}) == 2
-    assert times() <= 1
-
-
-def test_published_3_feedback_longer_than_512_tokens_is_lost():
-    long = BUILTIN.encode(GOOD.replace("I see.", "I see. " * 300)) + [END]
-    assert Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4, published={"reencode"}).parse(long) is None
-    assert Teacher(tiny_model(BUILTIN), BUILTIN, max_tokens=4).parse(long).opinion == "correct"
-
-
-def test_published_3_the_students_ids_drift():
-    published, kept = attempted("Wa", "it"), attempted("Wa", "it")
-    augment(published, FEEDBACK, BUILTIN, 500, {"reencode"})
-    augment(kept, FEEDBACK, BUILTIN, 500)
-    assert published.response[:1] == BUILTIN.encode("Wait") != kept.response[:1]
-    assert BUILTIN.decode(published.response) == BUILTIN.decode(kept.response)
-
-
-def test_published_3_the_guided_part_is_still_found():
-    rollout = attempted("Wa", "it")
-    augment(rollout, FEEDBACK, BUILTIN, 500, {"reencode"})
-    assert BUILTIN.decode(rollout.response[rollout.guided_from : -1]) == GUIDANCE
-
-
-def test_published_4_a_long_augmented_response_is_cut_and_loses_its_end_and_its_reward():
-    correct = dict(answer="5", text="So \\boxed{5}.")
-    published, kept = attempted("So \\boxed{5}.", **correct), attempted("So \\boxed{5}.", **correct)
-    augment(published, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9, {"cut"})
-    augment(kept, FEEDBACK._replace(phrase="\\boxed{5}"), BUILTIN, 9)
-    assert len(published.response) == 9 and END not in published.response and not published.finished
-    assert thinktuning.reward(published) == 0 and thinktuning.reward(kept) == 1
-
-
-def test_published_5_with_the_wall_clock_as_seed_no_two_runs_choose_alike(monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(thinktuning.time, "time_ns", lambda: next(clock))
-
-    def drawn(published):
-        numbers = []
-        teacher = SimpleNamespace(guide=lambda rollouts, student, size, fraction, rng, limit, world:
-                                  numbers.append(rng.random()) or [])
-        config = thinktuning.Config(steps=1, questions=1, samples=2, max_tokens=2, published=published)
-        thinktuning.train(tiny_model(BUILTIN), BUILTIN, [Problem("Why?", "4")], config, teacher=teacher)
-        return numbers
-
-    assert drawn("seed") != drawn("seed")
-    assert drawn("") == drawn("") != []

@@ -346,7 +346,8 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         validation = validation[: config.eval_count or None]
     teacher = None
     if teacher_path:
-        teacher = make_teacher(*load_model(teacher_path, device, dtype), config)
+        teacher_model, teacher_tokenizer = load_model(teacher_path, device, dtype)
+        teacher = make_teacher(teacher_model, teacher_tokenizer, config)
     run = Run(out, named_settings(args, config), config.method, args.resume, world, args.sinks)
 
     def job() -> None:
@@ -405,8 +406,7 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def prepare_demo(args: argparse.Namespace) -> Callable[[], None]:
-    prepared: Callable[[], None] = demonstration.prepare(args, train, evaluate)
-    return prepared
+    return demonstration.prepare(args, train, evaluate)
 
 
 COMMANDS: dict[str, Any] = {

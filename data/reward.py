@@ -1,7 +1,7 @@
 r"""The reward: does the last \boxed{...} of a response equal the reference answer?
 
-A policy is trained against this file, so it reads conservatively. Numbers are exact and made of
-the digits 0-9; `1e400`, `nan`, superscripts and words are compared as text. LaTeX is read token by
+A policy is trained against this file, so it reads conservatively. Numbers are exact and made of the
+digits 0-9; `1e400`, `nan`, superscripts and words are compared as text. LaTeX is read token by
 token, so that two spellings of what looks the same on paper are equal. Nothing is evaluated, and
 the time taken grows linearly with the text.
 """
@@ -17,8 +17,7 @@ DEEPEST = 50  # groups inside groups; the braces of deeper ones are compared as 
 def equal(given: str, answer: str) -> bool:
     r"""Two answers have the same value and, where both have a name or a unit, the same one.
 
-    `x=5` and `5 \text{ cm}` equal 5. This is symmetric but not transitive: 5 equals both `x=5`
-    and `y=5`.
+    `x=5` and `5 \text{ cm}` equal 5. It is symmetric but not transitive: 5 equals `x=5` and `y=5`.
     """
     ours, theirs = parts(given), parts(answer)
     same = all(a == b or not a or not b for a, b in zip(ours[1:], theirs[1:]))
@@ -32,10 +31,10 @@ def is_correct(text: str, answer: str, equal=equal) -> bool:
 
 
 def final_answer(text: str) -> str | None:
-    """What is in the last box that is not empty, as written.
+    """What stands in the last box that is not empty, as written.
 
-    None if the last box never closes: a response that is cut off in its final answer has none, and
-    an earlier box does not replace it.
+    None if the last box never closes: a response cut off in its final answer has none, and an
+    earlier box does not step in for it.
     """
     contents = _boxes(text)
     cut_off = contents[-1:] == [None]
@@ -55,12 +54,12 @@ def _is_answer(content: str | None) -> bool:
 
 
 def canonical(answer: str) -> Fraction | str:
-    """The same for answers that mean the same: a Fraction for a number, else normalised text."""
+    """What answers that mean the same share: a Fraction for a number, else normalised text."""
     return parts(answer)[0]
 
 
 def parts(answer: str) -> tuple[Fraction | str, str, str]:
-    r"""The canonical value, an unknown's name (`x =`, `x \in`), a number's unit; "" if absent.
+    r"""The canonical value, an unknown's name (`x =`, `x \in`), a number's unit; "" where none is.
 
     A percentage is no number but text, and no unit: `50%` equals `50.0 \%`, but neither 50 nor 0.5.
     """
@@ -88,15 +87,13 @@ _BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|({_DECIMAL}(?:/{_DECIMAL})?))")
 
 def _boxes(text: str) -> list[str | None]:
     """The content of every box; None for one that does not close before the next begins."""
-    _, *pieces = _BOX.split(
-        text
-    )  # a number or None, what follows, a number or None, what follows, ...
+    _, *pieces = _BOX.split(text)  # a number or None, then what follows, and so on
     boxes = zip(pieces[::2], pieces[1::2])
     return [_closed(tail) if number is None else number for number, tail in boxes]
 
 
 def _closed(tail: str) -> str | None:
-    r"""`tail` up to the brace that closes the box before it; `\{` and `\}` are no braces."""
+    r"""`tail` up to the brace that closes the box opened before it; `\{` and `\}` are no braces."""
     # Of equal length, so that places in `plain` are places in `tail`. `\\` goes first: in `\\}` the
     # brace is real.
     plain = tail.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
@@ -109,14 +106,10 @@ def _closed(tail: str) -> str | None:
     return None
 
 
-# LaTeX. An answer becomes tokens, and these become one string. In it every argument is in braces
-# and nothing else is, and a space only separates two words, or a command from a letter.
+# LaTeX. An answer becomes tokens, and these one string: every argument stands in braces, nothing
+# else does, and a space is only where it separates two words or a command from a letter.
 
-_TEXT, _THIN, _JOIN = (
-    "\ue000",
-    "\ue001",
-    "\ue002",
-)  # here text begins; a thin space; a negative space
+_TEXT, _THIN, _JOIN = "\ue000", "\ue001", "\ue002"  # text begins; a thin space; a negative space
 _DOLLAR = "\ue003"  # `\$`; a bare $ may be a mark of mathematics
 _TOKEN = re.compile(r"\\(?:begin|end)\{[a-zA-Z]*\}|\\[a-zA-Z]+|\\.|\s+|.", re.DOTALL)
 _SAME = {"\\ ": " "}  # token: the token that it is read as
@@ -150,14 +143,15 @@ for _meaning, _spellings in (
 ):
     _SAME |= dict.fromkeys(_spellings.split(" "), _meaning)
 
-# How many arguments a command has. Groups after a command that is not named here stay as they are.
+# How many arguments a command takes. Behind a command that is not here groups stay as they are.
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2}
 _ARGUMENTS |= dict.fromkeys(r"^ _ \sqrt \overline \underline \vec \bar \hat \mathbb".split(), 1)
 _ARGUMENTS |= dict.fromkeys(
-    r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln".split(), 0
-)
-_ARGUMENTS |= dict.fromkeys(
-    r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty".split(), 0
+    (
+        r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln "
+        r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty"
+    ).split(),
+    0,
 )
 
 
@@ -222,7 +216,7 @@ _SPACES = [
         (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
         (rf"[ {_THIN}]+", " "),
         (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
-        # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and the two numbers `1, 234`
+        # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`: two numbers
         (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
         (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
@@ -242,7 +236,8 @@ _NAME = re.compile(r"[a-zA-Z](?:=|\\in(?![a-zA-Z]) ?)")
 _FRACTION = re.compile(rf"\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}(?![0-9.,/])")
 _CURRENCY = rf"[${_DOLLAR}¢£¤¥\u20a0-\u20cf]"
 _AMOUNT = re.compile(
-    rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)(?: ([+-]?))?"  # `-\frac{{-1}}{{2}}` has two signs
+    rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)"
+    rf"(?: ([+-]?))?"  # of a fraction's top: `-\frac{{-1}}{{2}}` has two signs
     rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?"
 )
 _SIGNS = str.maketrans(
@@ -268,8 +263,8 @@ _UNIT = re.compile(
 )
 # Words that make another number of it, or another answer.
 _NO_UNIT = re.compile(
-    r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial|percent\w*
-    |pi|sqrt|infinity|alpha|beta|gamma|theta|half|halves|thirds?|quarters?
+    r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial
+    |percent\w*|pi|sqrt|infinity|alpha|beta|gamma|theta|half|halves|thirds?|quarters?
     |(?:fif|six|seven|eigh|nin|ten|twelf)ths?|(?:hundred|thousand|[mbtr]+illion|dozen)(?:th)?s?
     |zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b""",
@@ -294,7 +289,7 @@ def _amount(text: str) -> tuple[Fraction | None, str]:
 
 
 def _unit(text: str) -> str:
-    r"""One spelling of a unit: `Hours` is `hour`, `\$ dollars` is `dollar`; `mW` is not `MW`."""
+    r"""One spelling of a unit: `Hours` is `hour`, `\$` is `dollar`; but `mW` is not `MW`."""
     text = text.translate(_SIGNS)
     words = re.sub("[a-zA-Z]{4,}", lambda word: word[0].lower().removesuffix("s"), text).split()
     return " ".join(words[1:] if words[:1] == words[1:2] else words)
@@ -305,7 +300,7 @@ def _unit(text: str) -> str:
 
 def _as_text(text: str) -> str:
     text = _respace(text.replace(_TEXT, " ")).replace(" ,", ",").replace(", ", ",").strip()
-    # Not before \frac: `2 \cdot \frac12` is not `2\frac12`.
+    # `2 \cdot \sqrt3`; but `2 \cdot \frac12` is not `2\frac12`
     text = re.sub(r"\\cdot(?=\\(?:sqrt|pi)(?![a-zA-Z]))", "", text)
     if re.fullmatch(r"\([a-zA-Z]\)", text):  # (B), of a choice
         return text[1]
@@ -324,9 +319,9 @@ def _elements(text: str) -> list[str]:
             elements.append("")
         else:
             elements[-1] += char
-    canonical_elements = []
-    for element in elements:
-        number, unit = _amount(element)
-        is_number = number is not None and not unit
-        canonical_elements.append(str(number) if is_number else element)
-    return canonical_elements
+    return [_element(element) for element in elements]
+
+
+def _element(text: str) -> str:
+    number, unit = _amount(text)
+    return text if number is None or unit else str(number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from run.config import DEMO, Config
 from run.record import writable
 
 
-def prepare(args, train, evaluate):
+def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Callable[[], None]:
     """Check the flags and directories; returns the job to run: one of the three above."""
     if not 0 <= args.floor <= 1:
         raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")

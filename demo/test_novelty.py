@@ -114,11 +114,11 @@ def test_what_grpo_is_paid_for_naming_him_is_counted(monkeypatch):
     student, tokenizer = finishing_student()
     named = []
     monkeypatch.setattr(
-        "mentor.names_once",
+        "demo.novelty.names_once",
         lambda text, finished: named.append(finished and len(text) % 3 == 0) or named[-1],
     )
     monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
-    monkeypatch.setattr("record.is_correct", lambda text, answer: len(text) % 2 == 0)
+    monkeypatch.setattr("run.record.is_correct", lambda text, answer: len(text) % 2 == 0)
     config = tiny_config(method="grpo", max_tokens=20)
     history = thinktuning.train(
         student, tokenizer, load_problems("wordproblems"), config, bonus=bonus
@@ -152,7 +152,6 @@ def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, 
 
 
 def test_the_novelty_test_refuses_what_it_does_not_do(tmp_path, capsys):
-    for flags in (["--ablate"], ["--length-cost", "0.4"]):
-        assert main(["--preset", "mentor", "--out", str(tmp_path / "x"), *flags]) == 2
-        assert "--preset mentor" in capsys.readouterr().err
+    assert main(["--preset", "mentor", "--out", str(tmp_path / "x"), "--ablate"]) == 2
+    assert "--preset mentor" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

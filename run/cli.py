@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from run.config import DTYPES, MAY_CHANGE, add_config_flags, flag
 from run.errors import complain
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(complain(f"{message} ({self.prog} --help lists every flag)", 2))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of the command that comes first, or those of the demonstration.
 
     Argparse's own subcommands are not used: they would take the 3 of `--frobnicate 3` for a

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
+from data import Problem
 from data.prompts import student_prompt
 from data.tokenizer import Tokenizer
 from model import LM
 
 
-def device_and_dtype(args):
+def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """The device and dtype that the flags name. Raises ValueError if the device cannot be used."""
     device = args.device
     if device == "auto":
@@ -25,7 +28,7 @@ def device_and_dtype(args):
     return device, getattr(torch, args.dtype)
 
 
-def load_model(path, device, dtype):
+def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[LM, Tokenizer]:
     """(model, tokenizer) of a model directory. Raises ValueError if they do not belong together."""
     tokenizer = Tokenizer.load(path)
     model = LM.load(path, device, dtype)
@@ -37,7 +40,14 @@ def load_model(path, device, dtype):
     return model, tokenizer
 
 
-def fitting(problems: list, model, tokenizer, source, max_tokens: int, limit=None) -> list:
+def fitting(
+    problems: list[Problem],
+    model: LM,
+    tokenizer: Tokenizer,
+    source: str,
+    max_tokens: int,
+    limit: int | None = None,
+) -> list[Problem]:
     """The problems whose prompt leaves room for an answer; prints how many were dropped.
 
     A prompt may also have no more than `limit` tokens, where that is given.

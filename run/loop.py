@@ -114,18 +114,17 @@ class Loop:
         seconds = time.perf_counter() - self.began
         metrics = {"step": step, **describe(rollouts, self.config.samples, seconds), **metrics}
         self.history.append(metrics)
-        self.stopped = self.is_stopped()
         if self.is_due(step, self.config.eval_every):
             if self.teacher is not None and self.world.is_first:
                 warn_if_unparsed(self.teacher, self.history)
-            if self.validate is not None and not self.stopped:
+            if self.validate is not None and not self.is_stopped():
                 metrics.update(self.validate())
-                self.stopped = self.is_stopped()
         if self.run:
             self.run.log(metrics, self.steps, self.transcribe(step, rollouts))
-            saves = self.config.save_every > 0
-            if saves and (self.stopped or self.is_due(step, self.config.save_every)):
-                self.run.save(step + 1, self.student, self.optimizer)
+        self.stopped = self.is_stopped()  # last, because a signal may come at any of this
+        saves = self.config.save_every > 0
+        if self.run and saves and (self.stopped or self.is_due(step, self.config.save_every)):
+            self.run.save(step + 1, self.student, self.optimizer)
         self.check_gradients()
 
     def is_due(self, step: int, every: int) -> bool:

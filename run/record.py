@@ -133,7 +133,7 @@ class Run:
             plain=done % max(1, steps // 10) == 0 or done == 1,
         )
 
-    def close(self):
+    def close(self) -> None:
         if self.is_first:
             for file in (self.metrics, self.transcripts, *self.sinks):
                 file.close()

@@ -20,11 +20,12 @@ from grpo import MasterAdamW
 from model import LM, ModelConfig
 from run import checkpoint
 from run.record import Run
-from teacher import Feedback, Teacher, guidance_fraction
+from teacher import Teacher, guidance_fraction
 from thinktuning import main
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 6
+REPLY = "<opinion>incorrect</opinion><reason>Hmm.</reason><phrase>x</phrase>"
 SETTINGS = (
     "--steps",
     str(STEPS),
@@ -83,9 +84,7 @@ def child(
             # A random model never ends its turn, gives no feedback and is never right. Here any byte above 127 ends a turn,
             # the teacher always says the same, and texts of even length are paid for, so that there is something to learn.
             tokenizer.stop_ids = lambda *_: set(range(128, 256))
-            Teacher.feedback = lambda self, questions, _: (
-                [Feedback("incorrect", "Hmm.", "x")] * len(questions)
-            )
+            Teacher.ask = lambda self, questions, _: [REPLY] * len(questions)
             thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
             sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
             before()

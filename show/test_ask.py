@@ -1,5 +1,7 @@
 """`ask`: what streams, in which colour, what the teacher says, how the vote is counted, how it ends."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 import os
 import pty
 import re
@@ -15,12 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Problem, load_problems
+from data.prompts import student_prompt
 from data.reward import equal
 from data.scores import score, vote
 from data.tokenizer import Tokenizer
+from model import LM
+from run.test_cli import complaint
+from sampler import generate
 from show import ask
 from teacher import Feedback, Teacher
-from test_thinktuning import complaint, model_directory, tiny  # noqa: F401 (a fixture)
+from test_thinktuning import llama_directory, model_directory, tiny  # noqa: F401 (fixtures)
 from thinktuning import main
 
 HERE = Path(__file__).parents[1]
@@ -61,9 +67,17 @@ def run(capsys, directory, *flags) -> str:
 # The stream
 
 
+def test_ask_streams_what_generate_gives(model_directory, capsys):
+    question = load_problems("wordproblems", "test")[0].question
+    assert main(["ask", "--model", str(model_directory), question, "--max-tokens", "9"]) == 0
+    model, tokenizer = LM.load(model_directory), Tokenizer.load(model_directory)
+    ids = generate(model, [student_prompt(tokenizer, question)], max_tokens=9, stop=tokenizer.stop, temperature=0)[0]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode([i for i in ids if i not in tokenizer.stop]).rstrip("\n")
+
+
 def test_characters_split_across_tokens_appear_whole_and_once(
     model_directory, says, capsys, monkeypatch
-):  # noqa: F811
+):
     text = "½ of 🙂🙂 is 🙂, naïve?"
     assert len(TOKENIZER.encode("🙂")) == 4  # a byte each
     printed = []
@@ -80,12 +94,12 @@ def test_characters_split_across_tokens_appear_whole_and_once(
 @pytest.mark.parametrize("ends", (True, False))
 def test_bytes_that_never_become_a_character_are_shown_at_the_end(
     model_directory, says, capsys, ends
-):  # noqa: F811
+):
     says(TOKENIZER.encode("A 🙂")[:-1], ends=ends)
     assert run(capsys, model_directory, "--max-tokens", "9") == "A \ufffd\n"
 
 
-def test_a_response_without_its_end_says_so_beside_the_text(model_directory, says, capsys):  # noqa: F811
+def test_a_response_without_its_end_says_so_beside_the_text(model_directory, says, capsys):
     says("The answer", ends=False)
     assert main(["ask", "--model", str(model_directory), QUESTION, "--max-tokens", "9"]) == 0
     printed = capsys.readouterr()
@@ -148,7 +162,7 @@ def reflect():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(model_directory):  # noqa: F811
+def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(model_directory):
     coloured = on_a_terminal("--model", model_directory, QUESTION)
     first, yellow = (
         "The answer is \\boxed{8}.",
@@ -162,7 +176,7 @@ def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(model_direct
     )  # set but empty counts as not set
 
 
-def test_piped_output_is_plain(model_directory, says, capsys):  # noqa: F811
+def test_piped_output_is_plain(model_directory, says, capsys):
     says(REFLECTS)
     assert run(capsys, model_directory) == REFLECTS + "\n"
 
@@ -172,7 +186,7 @@ def test_piped_output_is_plain(model_directory, says, capsys):  # noqa: F811
 
 def test_the_teacher_reads_the_attempt_up_to_the_reflection(
     model_directory, says, capsys, monkeypatch
-):  # noqa: F811
+):
     read = []
 
     def feedback(self, questions, responses):
@@ -196,7 +210,7 @@ def test_the_teacher_reads_the_attempt_up_to_the_reflection(
     )
 
 
-def test_a_teacher_that_gives_no_feedback_says_why(model_directory, says, capsys):  # noqa: F811
+def test_a_teacher_that_gives_no_feedback_says_why(model_directory, says, capsys):
     says("The answer is \\boxed{8}.")
     assert "no feedback from the teacher: its reply" in run(
         capsys, model_directory, "--teacher"
@@ -208,7 +222,7 @@ def test_a_teacher_that_gives_no_feedback_says_why(model_directory, says, capsys
     )
 
 
-def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):  # noqa: F811
+def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):
     assert "--samples" in complaint(
         capsys, "ask", "--model", model_directory, "q", "--teacher", "--samples", "2"
     )
@@ -223,10 +237,16 @@ def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):  # noqa: F8
     )
 
 
+def test_ask_with_a_teacher_works_on_a_directory_made_elsewhere(llama_directory, capsys):
+    assert main(["ask", "--model", str(llama_directory), "How many?", "--max-tokens", "5", "--teacher"]) == 0
+    assert re.search(r"no feedback from the teacher: its reply (is longer than 1024 tokens|has not the asked form)\n$",
+                     capsys.readouterr().out)  # its weights are random
+
+
 # The vote
 
 
-def test_the_vote_lists_every_answer_and_the_majority(model_directory, says, capsys):  # noqa: F811
+def test_the_vote_lists_every_answer_and_the_majority(model_directory, says, capsys):
     says("\\boxed{8}", "\\boxed{7}", "so \\boxed{7.0}", "I give up.")
     assert run(capsys, model_directory, "--samples", "4") == (
         "sample 1: 8\nsample 2: 7\nsample 3: 7.0\nsample 4: no final answer\n\nvotes: 7 (2), 8 (1)\nmajority: 7 (2 of 4)\n"
@@ -289,7 +309,7 @@ def test_every_answer_has_one_vote_and_no_two_kinds_are_equal(answers):
     assert not any(equal(one, other) for (one, _), (other, _) in combinations(votes, 2))
 
 
-def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, capsys):  # noqa: F811
+def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, capsys):
     says("\\boxed{y=5}", "\\boxed {x=5}", "\\boxed{}", "\\fbox{x = 5.0}")
     assert run(capsys, model_directory, "--samples", "4").splitlines()[2:] == [
         "sample 3: no final answer",
@@ -302,7 +322,7 @@ def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, caps
 
 def test_samples_are_those_of_generate_at_temperature_1_unless_told_otherwise(
     model_directory, capsys, monkeypatch
-):  # noqa: F811
+):
     seen = []
     generate = ask.generate
     monkeypatch.setattr(ask, "generate", lambda *a, **k: seen.append(k) or generate(*a, **k))
@@ -317,7 +337,7 @@ def test_samples_are_those_of_generate_at_temperature_1_unless_told_otherwise(
 # The end
 
 
-def test_ctrl_c_ends_it_without_a_traceback(model_directory, monkeypatch, capsys):  # noqa: F811
+def test_ctrl_c_ends_it_without_a_traceback(model_directory, monkeypatch, capsys):
     def interrupted(*args, **options):
         options["on_step"](torch.tensor([0]), torch.tensor(TOKENIZER.encode("The")))
         raise KeyboardInterrupt
@@ -330,7 +350,7 @@ def test_ctrl_c_ends_it_without_a_traceback(model_directory, monkeypatch, capsys
     def still_loading(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.load_model", still_loading)
+    monkeypatch.setattr(ask, "load_model", still_loading)
     assert main(["ask", "--model", str(model_directory), QUESTION]) == 130
 
 
@@ -339,11 +359,12 @@ def test_ctrl_c_from_outside(tmp_path):
     model, tokenizer = tiny()
     model.save(tmp_path / "model", tokenizer)
     script = (
-        "import sys, time, ask\n"
+        "import sys, time\n"
+        "from show import ask\n"
         "def generate(model, prompts, *, on_step, **options):\n"
         "    print('ready', flush=True); time.sleep(60)\n"
         "ask.generate = generate\n"
-        f"from cli import main; sys.exit(main(['ask', '--model', {str(tmp_path / 'model')!r}, 'Why?']))"
+        f"from thinktuning import main; sys.exit(main(['ask', '--model', {str(tmp_path / 'model')!r}, 'Why?']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],

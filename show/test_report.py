@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer
-from grpo import Rollout, policy_loss
+from grpo import LossSettings, Rollout, policy_loss
 from model import LM, ModelConfig
 from run.config import Config
 from show import charts, report
@@ -26,7 +27,7 @@ from show.charts import Line, Point, format_value, series, ticks, trend, trends
 from show.read_runs import Recorded, read_runs
 from show.transcripts import guidance_tokens, transcripts
 from teacher import Feedback, augment
-from thinktuning import main
+from thinktuning import loss_settings, main
 
 HERE = Path(__file__).parents[1]
 
@@ -799,9 +800,9 @@ def guided_rollout(
     [{}, {"published": "gamma"}, {"guards": False}, {"gamma_min": 0.05, "gamma_max": -0.02}],
 )
 def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, options):
-    config = Config(**options)
+    settings = loss_settings(Config(**options))
     r, tokenizer = guided_rollout(advantage)
-    found = guidance_tokens(r, tokenizer, config)
+    found = guidance_tokens(r, tokenizer, settings)
     logprobs = torch.tensor([r.old_logprobs], dtype=torch.float64, requires_grad=True)
     guided = torch.arange(len(r.response))[None] >= r.guided_from
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
@@ -811,10 +812,7 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
         advantages,
         torch.ones_like(guided),
         guided,
-        guards=config.guards,
-        gamma_min=config.gamma_min,
-        gamma_max=config.gamma_max,
-        published="gamma" in config.published_items,
+        **asdict(settings),
     )
     loss.backward()
     weights = (-logprobs.grad[0] * len(r.response) / advantage)[r.guided_from :]
@@ -823,7 +821,7 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
         found, weights.tolist(), r.old_logprobs[r.guided_from :], strict=True
     ):
         assert pi == pytest.approx(math.exp(logprob), abs=5.1e-5)
-        if advantage < 0 and math.exp(logprob) < config.unlikely:  # guard (c): an ordinary token
+        if advantage < 0 and math.exp(logprob) < settings.unlikely:  # guard (c): an ordinary token
             unlikely += 1
             assert w is None and expected == pytest.approx(1.0)
         else:
@@ -833,9 +831,9 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
 
 def test_other_shapings_have_no_weight_and_unguided_rollouts_no_tokens():
     r, tokenizer = guided_rollout(1.0)
-    assert all(w is None for _, w, _ in guidance_tokens(r, tokenizer, Config(shaping="ratio")))
+    assert all(w is None for _, w, _ in guidance_tokens(r, tokenizer, LossSettings(shaping="ratio")))
     unguided = Rollout([1], [2, 3], True, old_logprobs=[0.0, 0.0])
-    assert guidance_tokens(unguided, tokenizer, Config()) == []
+    assert guidance_tokens(unguided, tokenizer, LossSettings()) == []
 
 
 @pytest.mark.parametrize("phrase", ["día 7 → 3 日本 🙂 \\boxed{7}", "ends 🙂"])
@@ -844,7 +842,7 @@ def test_characters_spelt_by_several_tokens_stay_whole(phrase):
     half = tokenizer.encode("🙂")[:2] if phrase.startswith("ends") else []
     r.response = r.response[:-1] + half
     r.old_logprobs = [0.0] * len(r.response)
-    found = guidance_tokens(r, tokenizer, Config())
+    found = guidance_tokens(r, tokenizer, LossSettings())
     assert len(found) == len(r.response) - r.guided_from
     assert "".join(text for text, *_ in found) == tokenizer.decode(r.response[r.guided_from :])
     assert "🙂" in [text.strip() for text, *_ in found] and "" in [text for text, *_ in found]
@@ -862,9 +860,8 @@ def test_transcripts_keep_the_teacher_s_parts_apart_and_the_page_colours_them():
         old_logprobs=[0.0] * r.guided_from,
     )
     feedback = Feedback("incorrect", "Wait, that does not fit.", "So the answer is \\boxed{7}.")
-    first, second = transcripts(
-        [r, other], [(0, feedback, "The answer is \\boxed{8}.")], tokenizer, 3, Config()
-    )
+    r.asked, r.feedback, r.attempt = True, feedback, "The answer is \\boxed{8}."
+    first, second = transcripts([other, r], tokenizer, 3, LossSettings())  # guided ones come first
     assert (first["reason"], first["phrase"], first["attempt_right"]) == (*feedback[1:], False)
     assert (second["reason"], second["guidance_tokens"], second["attempt_right"]) == (
         None,

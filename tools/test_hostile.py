@@ -193,7 +193,7 @@ def test_sizes_that_are_not_those_of_the_tensors_are_refused_before_a_model_is_m
 
 
 @pytest.mark.parametrize("change", [
-    {"architectures": [[1]]}, {"architectures": {"a": 1}}, {"architectures": 5}, {"architectures": None},
+    {"architectures": [[1]]}, {"architectures": {"a": 1}}, {"architectures": 5}, {"architectures": None, "model_type": [5]},
     {"layer_types": 5, "mlp_bias": 1}, {"hidden_act": "x" * 10**6}, {"rms_norm_eps": float("nan")},
     {"rope_theta": float("inf")}, {"tie_word_embeddings": "false"},
     {"hidden_size": 10**4000, "head_dim": None, "num_attention_heads": 0.5}, {"torch_dtype": json.loads("[" * 60 + "]" * 60)},

@@ -57,6 +57,13 @@ def test_nothing_imports_the_tools_and_only_they_import_the_loop():
             assert not any(name.startswith("tools") or name == "thinktuning" for name in imports_of(file)), file
 
 
+def test_only_the_update_and_what_surrounds_a_run_know_of_several_processes():
+    knowing = {module_of(file) for file in files() if "run.world" in imports_of(file)}
+    assert {module for module in knowing if not module.startswith("run.")} == {"grpo", "thinktuning"}
+    loop = (ROOT / "thinktuning.py").read_text(encoding="utf-8").partition("\ndef train(")[2].partition("\ndef ")[0]
+    assert "world." not in loop  # the loop hands it on and asks it nothing
+
+
 def test_no_two_files_import_each_other_directly_or_in_a_circle():
     graph = {module_of(file): imports_of(file) for file in files()}
     finished = set()
