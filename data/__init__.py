@@ -1,8 +1,8 @@
-"""Problems from the built-in generator, from GSM8K, or from a file of one's own.
+"""Problems from the built-in generator, from GSM8K, or from a file.
 
-    load_problems("wordproblems", "validation")
-    load_problems("gsm8k", "test")                   fetched on first use
-    load_problems("../shared/math500/test.json")     any .jsonl or .json, in any case
+load_problems("wordproblems", "validation")
+load_problems("gsm8k", "test")                   fetched on first use
+load_problems("problems.jsonl")                  any file that ends in .jsonl or .json
 """
 
 import importlib
@@ -24,14 +24,18 @@ class Problem(NamedTuple):
 
 
 def load_problems(source: str, split: str = "train") -> list[Problem]:
-    """`source` is a name in SPLITS or a path; a file is one split by itself, so `split` is not looked at."""
+    """`source` is a name in SPLITS, or a path. A file has no splits: `split` is ignored there."""
     if str(source).lower().endswith((".jsonl", ".json")):
         return read_problems(source)
     if source not in SPLITS:
-        raise ValueError(f"unknown problems {str(source)!r}: give one of {', '.join(SPLITS)}, "
-                         "or a path that ends in .jsonl or .json")
+        raise ValueError(
+            f"unknown problems {str(source)!r}: give one of {', '.join(SPLITS)}, "
+            "or a path that ends in .jsonl or .json"
+        )
     if split not in SPLITS[source]:
-        raise ValueError(f"{source} has no split {split!r}: give one of {', '.join(SPLITS[source])}")
+        raise ValueError(
+            f"{source} has no split {split!r}: give one of {', '.join(SPLITS[source])}"
+        )
     # Imported here because both modules import this one.
     if source == "gsm8k":
         return importlib.import_module("data.gsm8k").load(split)
@@ -39,10 +43,12 @@ def load_problems(source: str, split: str = "train") -> list[Problem]:
 
 
 def read_problems(path) -> list[Problem]:
-    """Objects with `question` (or `problem`) and `answer` (or `solution`): one a line, or in one list."""
+    """Objects with `question` (or `problem`) and `answer` (or `solution`): lines or one list."""
     problems = [_problem(entry, where) for where, entry in _entries(Path(path))]
     if not problems:
-        raise ValueError(f'{path} holds no problems: put one object with "question" and "answer" on each line')
+        raise ValueError(
+            f'{path} holds no problems: put one object with "question" and "answer" on each line'
+        )
     return problems
 
 
@@ -67,7 +73,7 @@ def _read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
 
 
@@ -76,10 +82,14 @@ def _parse(text: str, where: str):
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text else ""
-        raise ValueError(f"{where}: not JSON ({error.msg} at {place}column {error.colno}); "
-                         "write one object on each line, or all of them in one list") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or brackets nested as deep
-        raise ValueError(f"{where}: a number too long or brackets too deep to read; take it out") from None
+        raise ValueError(
+            f"{where}: not JSON ({error.msg} at {place}column {error.colno}); "
+            "write one object on each line, or all of them in one list"
+        ) from None
+    except (ValueError, RecursionError):  # thousands of digits, or of nested brackets
+        raise ValueError(
+            f"{where}: a number too long or brackets too deep to read; take it out"
+        ) from None
 
 
 def _problem(entry, where: str) -> Problem:
@@ -89,7 +99,7 @@ def _problem(entry, where: str) -> Problem:
     if entry.get("answer") is None and "solution" in entry:
         return Problem(question, _boxed(_text(entry["solution"], "solution", where), where))
     solution = _text(_written(entry.get("answer")), "answer", where)
-    # GSM8K ends a worked solution with a line "#### 42"; elsewhere there is no such mark and all of it is the answer.
+    # GSM8K ends a worked solution with a line "#### 42". Without this mark all is the answer.
     _, mark, answer = solution.rpartition("####")
     answer = answer.strip().partition("\n")[0].strip() if mark else answer
     if not answer:
@@ -101,24 +111,30 @@ def _boxed(solution: str, where: str) -> str:
     """The answer of a worked solution without an `answer` beside it, as in MATH: its last box."""
     answer = (final_answer(solution) or "").strip()
     if not answer:
-        raise ValueError(f'{where}: no "answer", and no \\boxed{{...}} in its "solution"; '
-                         "write one of the two")
+        raise ValueError(
+            f'{where}: no "answer", and no \\boxed{{...}} in its "solution"; write one of the two'
+        )
     return answer
 
 
 def _text(value, key: str, where: str) -> str:
     if value is None:
-        raise ValueError(f'{where}: no "{key}"; give every problem a "question" (or "problem") '
-                         'and an "answer" (or a "solution" that boxes it)')
+        raise ValueError(
+            f'{where}: no "{key}"; give every problem a "question" (or "problem") '
+            'and an "answer" (or a "solution" that boxes it)'
+        )
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{where}: "{key}" is empty or not text; write it as a string')
-    if any("\ud800" <= char <= "\udfff" for char in value):  # half an escaped pair: no tokenizer could encode it
-        raise ValueError(f'{where}: "{key}" holds half a surrogate pair; write the character itself')
+    # A JSON escape may leave half of a surrogate pair, which no tokenizer can encode.
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(
+            f'{where}: "{key}" holds half a surrogate pair; write the character itself'
+        )
     return value.strip()
 
 
 def _written(value):
-    """A JSON number as plain digits, without the exponent that the reward would not read; all else unchanged."""
+    """A JSON number as plain digits, because the reward reads no exponents; all else unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     if isinstance(value, float) and not math.isfinite(value):

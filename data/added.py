@@ -1,4 +1,4 @@
-"""Tokens that were added to a vocabulary beside its merges, and where the `tokenizers` library finds them in a text."""
+"""Tokens added to a vocabulary beside its merges, found in text as `tokenizers` finds them."""
 
 import re
 from collections.abc import Iterator
@@ -9,21 +9,28 @@ import tiktoken
 
 class Added(NamedTuple):
     """An added token. Its flags have their names from tokenizer.json."""
+
     id: int
-    special: bool = True       # text never makes it; only a chat template puts it there
-    normalized: bool = False   # it is looked for in text after NFC; otherwise before
+    special: bool = True  # text never makes it; only a chat template puts it there
+    normalized: bool = False  # it is looked for in text after NFC; otherwise before
     single_word: bool = False  # it is found only where no letter, mark or digit stands beside it
-    lstrip: bool = False       # the white space before it becomes part of it
-    rstrip: bool = False       # and the white space after it
+    lstrip: bool = False  # the white space before it becomes part of it
+    rstrip: bool = False  # and the white space after it
 
 
 FLAGS = Added._fields[1:]
 
-# White space and word characters are Rust's, because the library is written in Rust: Python's \s has four control
-# characters more, its \w has neither marks nor joiners. tiktoken is written in Rust too.
-SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+# White space and word characters are those of Rust, in which the library is written: Python's \s
+# has four control characters more, its \w has neither marks nor joiners. tiktoken is in Rust too.
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 WORD_CHARACTERS = tiktoken.Encoding(
-    "word characters", pat_str=r"\w", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    "word characters",
+    pat_str=r"\w",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={},
+)
 
 
 def in_a_word(character: str) -> bool:
@@ -31,7 +38,7 @@ def in_a_word(character: str) -> bool:
 
 
 class Finder:
-    """Finds added tokens in text. `tokens` are those of one stage: looked for before NFC, or after."""
+    """Finds added tokens in text. `tokens` are those to look for before NFC, or those after it."""
 
     def __init__(self, tokens: dict[str, Added]):
         self.tokens = {text: token for text, token in tokens.items() if text}
@@ -40,7 +47,7 @@ class Finder:
         self.first = re.compile(f"[{first}]" if first else "(?!)")  # (?!) matches nowhere
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The parts of a text, from left to right: the id of an added token, or a str without any."""
+        """The parts of a text, from left to right: ids of added tokens, and strs without any."""
         end = 0
         for start, found in self.occurrences(text):
             token, stop = self.tokens[found], start + len(found)
@@ -61,7 +68,7 @@ class Finder:
             yield text[end:]
 
     def occurrences(self, text: str) -> Iterator[tuple[int, str]]:
-        """Where which token stands; of several that begin in one place the longest. None overlap."""
+        """(start, token) of each token in the text: the longest at its place. None overlap."""
         at = 0
         while match := self.first.search(text, at):
             at = match.start()

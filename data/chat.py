@@ -1,7 +1,8 @@
 """Chat prompts: each family's template, and how to tell which one a model was trained with.
 
-The ids are those of transformers' apply_chat_template with the models' published templates, for messages without
-tools. No template is executed: two functions write out what they do, and `variant` reads off where they differ.
+The ids are those of transformers' apply_chat_template with the models' published templates, for
+messages without tools. No template is executed: llama3_chat and chatml_chat do what templates do,
+and `variant` finds in a template's text how models of one family differ.
 """
 
 import re
@@ -26,13 +27,17 @@ def llama3_chat(messages, reply_as, header=""):
 def chatml_chat(messages, reply_as, system=None, thinks=False):
     if system is not None:
         messages = with_system(messages, system)
-    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages))
+    last_user = len(messages)
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            last_user = i
     for i, message in enumerate(messages):
         role, thought, text = message["role"], "", message["content"]
         if thinks and role == "assistant" and "</think>" in text:
             thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
             text = text.split("</think>")[-1].lstrip("\n")
-        # Replies to earlier questions lose their thought; a reply that ends the conversation has one even if empty.
+        # Replies to earlier questions lose their thought. A reply that ends the conversation has
+        # one even if it is empty.
         if thinks and role == "assistant" and i > last_user and (thought or i == len(messages) - 1):
             yield "<|im_start|>", "assistant\n"
             yield "<think>", f"\n{thought}\n"
@@ -41,7 +46,7 @@ def chatml_chat(messages, reply_as, system=None, thinks=False):
             yield "<|im_start|>", f"{role}\n{text}"
         yield "<|im_end|>", "\n"
     yield "<|im_start|>", f"{reply_as}\n"
-    if thinks:  # the non-thinking form: the thought is there, empty and over
+    if thinks:  # the non-thinking form: an empty thought that has ended
         yield "<think>", "\n\n"
         yield "</think>", "\n\n"
 
@@ -52,7 +57,12 @@ def with_system(messages, content):
     return [{"role": "system", "content": content}, *messages]
 
 
-SPEAKER_TAGS = {"user": "<|question|>", "assistant": "<|student|>", "teacher": "<|teacher|>", "mentor": "<|mentor|>"}
+SPEAKER_TAGS = {
+    "user": "<|question|>",
+    "assistant": "<|student|>",
+    "teacher": "<|teacher|>",
+    "mentor": "<|mentor|>",
+}
 BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
 
 
@@ -67,57 +77,90 @@ def wordproblems_chat(messages, reply_as):
 
 
 class Family(NamedTuple):
-    markers: tuple[str, ...]   # the special tokens of its template: whichever vocabulary has them all is recognised
-    end: str                   # the one that ends a turn
-    speakers: tuple[str, ...]  # whose turn a prompt can lead to
+    markers: tuple[str, ...]  # the special tokens of its template, by which it is recognised
+    end: str  # the one that ends a turn
+    speakers: tuple[str, ...]  # the roles that can reply to a prompt
     template: Callable
 
 
 FAMILIES = {
-    "llama3": Family(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-                     "<|eot_id|>", ("assistant",), llama3_chat),
+    "llama3": Family(
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+        ("assistant",),
+        llama3_chat,
+    ),
     "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
-    "wordproblems": Family(BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat),
+    "wordproblems": Family(
+        BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat
+    ),
 }
 
 
 def recognise(special: dict[str, int], published: str) -> str:
-    """The name of the family whose special tokens are there and, if a template was published, stand in it."""
+    """The name of the family whose markers are all special tokens.
+
+    If there is a `published` template, one of the markers must also be in it.
+    """
     for name, family in FAMILIES.items():
-        if special.keys() >= set(family.markers) and (not published or any(m in published for m in family.markers)):
+        has_all = special.keys() >= set(family.markers)
+        is_used = not published or any(marker in published for marker in family.markers)
+        if has_all and is_used:
             return name
-    known = "; ".join(f"{name} has {' '.join(family.markers)}" for name, family in FAMILIES.items())
+    known = [f"{name} has {' '.join(family.markers)}" for name, family in FAMILIES.items()]
     found = "the special tokens and the chat template" if published else "the special tokens"
-    raise ValueError(f"{found} belong to no known chat family ({known})")
+    raise ValueError(f"{found} belong to no known chat family ({'; '.join(known)})")
 
 
-# The date is the one that 3.1's template always writes, and 3.2's where it cannot ask for today's: runs have to repeat.
+# Llama 3.1's template always writes this date, and 3.2's if it cannot ask for today's. Here it is
+# fixed, so that runs repeat.
 DATE_HEADER = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-# A default system message in a template's source: '<|im_start|>system\nYou are ...<|im_end|>', with \n as Jinja or as such.
-DEFAULT_SYSTEM = re.compile(r"""(?s)(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>""")
+# A default system message in a template: '<|im_start|>system\nYou are ...<|im_end|>'. The line
+# break is written as \n or as itself.
+DEFAULT_SYSTEM = re.compile(
+    r"""(?s)(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
+)
 ALWAYS_THINKS = re.compile(r"<\|im_start\|>assistant(\\n|\n)<think>")
 
 
 def variant(family: str, special: dict[str, int], published: str) -> dict:
-    """What sets a model apart in its family, as keyword arguments for the family's template.
+    """How a model differs from others of its family: keyword arguments for the family's template.
 
-    Told by the words of the published template, or where there is none ("") by the special tokens.
+    The published template's words show it or, if there is no template (""), the special tokens.
     """
     if family == "llama3":
-        # tokenizer.model has the same names in every version; without a template it gets no date, as in Meta's own code.
+        # tokenizer.model has the same names in every version. Without a template it gets no date,
+        # as in Meta's own code.
         dated = "Cutting Knowledge Date" in published if published else "<|python_tag|>" in special
         return {"header": DATE_HEADER} if dated else {}
-    if family != "chatml":
-        return {}
-    if published:
-        thinks, system = "enable_thinking" in published, DEFAULT_SYSTEM.search(published)
-        if ALWAYS_THINKS.search(published) or thinks and not special.keys() >= {"<think>", "</think>"}:
-            raise ValueError("its chat template has no non-thinking form, in which a reply follows on the two special tokens "
-                             "<think> and </think>; use a model that can do without thinking")
-        return {"thinks": thinks, "system": system and system[2].encode("ascii", "backslashreplace").decode("unicode-escape")}
+    if family == "chatml":
+        if published:
+            return variant_of_template(special, published)
+        return variant_of_tokens(special)
+    return {}
+
+
+def variant_of_template(special: dict[str, int], published: str) -> dict:
+    thinks = "enable_thinking" in published
+    lacks_tokens = thinks and not special.keys() >= {"<think>", "</think>"}
+    if ALWAYS_THINKS.search(published) or lacks_tokens:
+        raise ValueError(
+            "its chat template has no non-thinking form, in which a reply follows on the two "
+            "special tokens <think> and </think>; use a model that can do without thinking"
+        )
+    system = None
+    if found := DEFAULT_SYSTEM.search(published):
+        system = found[2].encode("ascii", "backslashreplace").decode("unicode-escape")
+    return {"thinks": thinks, "system": system}
+
+
+def variant_of_tokens(special: dict[str, int]) -> dict:
     if "<think>" in special:
         if "</think>" not in special:
-            raise ValueError("it has the special token <think> but not </think>; download the tokenizer files again")
+            raise ValueError(
+                "it has the special token <think> but not </think>; "
+                "download the tokenizer files again"
+            )
         return {"thinks": True}
     if "<tool_call>" in special:  # Qwen2.5
         return {"system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}

@@ -1,8 +1,9 @@
-"""Who says that two answers are equal in an evaluation: the built-in comparison, helped by math-verify where installed.
+"""How an evaluation compares answers: the built-in comparison, and math-verify where installed.
 
-math-verify reads LaTeX into sympy and simplifies, which over a few characters (`9^{9^{9^9}}`) can take for ever, or all the
-memory, out of reach of any signal. So it lives in a process of its own (`serve`) with a limit on both, which the model's
-process asks one comparison at a time. Rewards never come from here: training has the built-in comparison alone.
+math-verify reads LaTeX into sympy and simplifies. For a few characters (`9^{9^{9^9}}`) this can
+take for ever or all the memory, and no signal stops it. So it runs in a process of its own
+(`serve`) with limits on both, and gets one comparison at a time. Training uses the built-in
+comparison alone.
 """
 
 import faulthandler
@@ -18,31 +19,39 @@ from pathlib import Path
 from data import reward
 
 SECONDS = 5  # of processor time for one comparison; an ordinary one takes a few hundredths of one
-PATIENCE = 60  # seconds by the clock; it alone counts where the system has no such timer or limit
+PATIENCE = 60  # seconds by the clock: the only limit where the system cannot set the others
 MEMORY = 2 << 30  # bytes
 
 
 class Grader:
-    """`equal(given, answer)` for data.scores: right is what the built-in comparison or math-verify says is right.
+    """`equal(given, answer)` for data.scores: the built-in comparison or math-verify says so.
 
-    "auto" is math-verify where it is installed; str() of a grader says which it became. ValueError if "math-verify" is not.
+    The name "auto" uses math-verify if it is installed; "math-verify" raises ValueError if it is
+    not. str() of a grader says what it uses.
     """
 
     def __init__(self, name: str = "auto"):
         installed = importlib.util.find_spec("math_verify") is not None
         if name == "math-verify" and not installed:
-            raise ValueError("--grader math-verify: it is not installed; run `pip install math-verify` or give --grader builtin")
+            raise ValueError(
+                "--grader math-verify: it is not installed; run `pip install math-verify` "
+                "or give --grader builtin"
+            )
         self.math_verify = MathVerify() if installed and name != "builtin" else None
         self.note = "" if installed or name == "builtin" else " (math-verify is not installed)"
 
     def equal(self, given: str, answer: str) -> bool:
-        return reward.equal(given, answer) or self.math_verify is not None and bool(self.math_verify.equal(given, answer))
+        if reward.equal(given, answer):
+            return True
+        return self.math_verify is not None and bool(self.math_verify.equal(given, answer))
 
     def __str__(self):
         if self.math_verify is None:
             return f"the built-in comparison{self.note}"
-        left = f"; {self.math_verify.given_up} comparisons left to the built-in one alone" if self.math_verify.given_up else ""
-        return f"math-verify {self.math_verify.version} or the built-in comparison{left}"
+        used = f"math-verify {self.math_verify.version} or the built-in comparison"
+        if self.math_verify.given_up:
+            used += f"; {self.math_verify.given_up} comparisons left to the built-in one alone"
+        return used
 
     def close(self):
         if self.math_verify is not None:
@@ -50,7 +59,10 @@ class Grader:
 
 
 class MathVerify:
-    """math-verify's own opinion, from its process. An OSError if that does not start; `given_up` counts the Nones."""
+    """math-verify, in a process of its own. Raises OSError if that does not start.
+
+    `given_up` counts the comparisons without a result.
+    """
 
     def __init__(self):
         self.known: dict[tuple[str, str], bool | None] = {}
@@ -58,7 +70,10 @@ class MathVerify:
         self._start()
 
     def equal(self, given: str, answer: str) -> bool | None:
-        r"""None if it has no opinion: too long, a box in the box (it would look only at the inner one), beyond the limits."""
+        r"""What math-verify says; None if the answers are too long or it runs into the limits.
+
+        None also for a box inside an answer, because math-verify would compare only that box.
+        """
         if max(len(given), len(answer)) > reward.LONGEST or r"\boxed" in given or r"\fbox" in given:
             self.given_up += 1
             return None
@@ -72,7 +87,8 @@ class MathVerify:
         try:
             self.process.stdin.write(json.dumps(pair) + "\n")
             self.process.stdin.flush()
-            reply = self.process.stdout.readline()  # comes, or the pipe closes: the process ends itself when time is up
+            # This cannot wait for ever: when its time is up the process ends, and the pipe closes.
+            reply = self.process.stdout.readline()
         except BrokenPipeError:
             reply = ""
         if not reply:
@@ -82,13 +98,21 @@ class MathVerify:
         return json.loads(reply)
 
     def _start(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "data.grading"], cwd=Path(__file__).resolve().parent.parent,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "data.grading"],
+            cwd=Path(__file__).resolve().parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         self.version = self.process.stdout.readline().strip()
         if not self.version:
             self.close()
-            raise ChildProcessError("math-verify is installed but does not start: `python -c 'import math_verify'` shows why; "
-                                    "mend it; or, in eval, give --grader builtin")
+            raise ChildProcessError(
+                "math-verify is installed but does not start: `python -c 'import math_verify'` "
+                "shows why; mend it; or, in eval, give --grader builtin"
+            )
 
     def close(self):
         self.process.kill()
@@ -96,29 +120,40 @@ class MathVerify:
 
 
 def serve():
-    """The other end: a JSON pair [given, answer] a line in, true or false a line out. Ends when its input or the time does."""
+    """The other process: for each line, a JSON pair [given, answer], it writes true or false.
+
+    It ends with its input, or when a comparison exceeds the limits.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     limit_memory()
     box = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
     @functools.lru_cache(1000)
-    def read(answer):  # the box and nothing else: "first_match" stops it from looking for an answer anywhere else
-        return parse(rf"\boxed{{{answer}}}", box, extraction_mode="first_match", parsing_timeout=None)
+    def parsed(answer):
+        # "first_match" reads the box alone: it looks for no answer anywhere else.
+        return parse(
+            rf"\boxed{{{answer}}}", box, extraction_mode="first_match", parsing_timeout=None
+        )
 
     print(importlib.metadata.version("math-verify"), flush=True)
     for line in sys.stdin:
         given, answer = json.loads(line)
         limit_time(SECONDS, PATIENCE)
-        verdict = verify(read(answer), read(given), timeout_seconds=None)
+        verdict = verify(parsed(answer), parsed(given), timeout_seconds=None)
         limit_time(0, 0)
         print(json.dumps(bool(verdict)), flush=True)
 
 
 def limit_time(seconds, patience):
-    """End this process after so long, even inside a call that never returns to Python; 0 calls it off."""
+    """End this process after so many seconds, even in a call that never returns to Python.
+
+    0 and 0 cancel the limits.
+    """
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal is not handled, and so ends the process
+        signal.setitimer(
+            signal.ITIMER_PROF, seconds
+        )  # its signal is not handled, and so ends the process
     if patience:
         faulthandler.dump_traceback_later(patience, exit=True)
     else:

@@ -117,22 +117,42 @@ for _meaning, _spellings in (
     ("", r"\left \right \middle \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle"),
     ("", r"\mathbf \mathit \mathsf \mathtt \boldsymbol \bm \bf \it"),
     (_TEXT, r"\text \textrm \textbf \textit \textsf \textnormal \mbox \hbox \mathrm \rm"),
-    (_THIN, "\\, \\: \\; \\> \u2009 \u202f"), (_JOIN, r"\!"), (" ", r"~ \quad \qquad"),
-    (_DOLLAR, r"\$"), ("£", r"\pounds"), ("°", r"\degree"), ("%", r"\%"), ("-", "\u2212"),
-    (r"\frac", r"\dfrac \tfrac \cfrac"), (r"\binom", r"\dbinom \tbinom"),
-    (r"\{", r"\lbrace"), (r"\}", r"\rbrace"), (r"\emptyset", r"\varnothing"),
-    (r"\le", r"\leq \leqslant ≤"), (r"\ge", r"\geq \geqslant ≥"), (r"\ne", r"\neq ≠"),
-    (r"\to", r"\rightarrow"), (r"\pi", "π"), (r"\infty", "∞"), (r"\cup", "∪"), (r"\in", "∈"),
-    (r"\begin{pmatrix}", r"\begin{bmatrix}"), (r"\end{pmatrix}", r"\end{bmatrix}"),
+    (_THIN, "\\, \\: \\; \\> \u2009 \u202f"),
+    (_JOIN, r"\!"),
+    (" ", r"~ \quad \qquad"),
+    (_DOLLAR, r"\$"),
+    ("£", r"\pounds"),
+    ("°", r"\degree"),
+    ("%", r"\%"),
+    ("-", "\u2212"),
+    (r"\frac", r"\dfrac \tfrac \cfrac"),
+    (r"\binom", r"\dbinom \tbinom"),
+    (r"\{", r"\lbrace"),
+    (r"\}", r"\rbrace"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\le", r"\leq \leqslant ≤"),
+    (r"\ge", r"\geq \geqslant ≥"),
+    (r"\ne", r"\neq ≠"),
+    (r"\to", r"\rightarrow"),
+    (r"\pi", "π"),
+    (r"\infty", "∞"),
+    (r"\cup", "∪"),
+    (r"\in", "∈"),
+    (r"\begin{pmatrix}", r"\begin{bmatrix}"),
+    (r"\end{pmatrix}", r"\end{bmatrix}"),
 ):
     _SAME |= dict.fromkeys(_spellings.split(" "), _meaning)
 
 # How many arguments a command takes. Behind a command that is not here groups stay as they are.
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2}
 _ARGUMENTS |= dict.fromkeys(r"^ _ \sqrt \overline \underline \vec \bar \hat \mathbb".split(), 1)
-_ARGUMENTS |= dict.fromkeys((
-    r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln "
-    r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty").split(), 0)
+_ARGUMENTS |= dict.fromkeys(
+    (
+        r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln "
+        r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty"
+    ).split(),
+    0,
+)
 
 
 def _normalise(answer: str) -> str:
@@ -190,15 +210,18 @@ def _rest_of_group(end, tokens, written, depth):
 
 
 # Applied in this order. No pattern has two ways to match the same characters: none can blow up.
-_SPACES = [(re.compile(pattern), new) for pattern, new in (
-    (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
-    (rf"[ {_THIN}]+", " "),
-    (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
-    # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`: two numbers
-    (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
-    (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
-    (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
-)]
+_SPACES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
+        (rf"[ {_THIN}]+", " "),
+        (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
+        # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`: two numbers
+        (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
+        (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
+        (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
+    )
+]
 
 
 def _respace(text: str) -> str:
@@ -212,30 +235,47 @@ def _respace(text: str) -> str:
 _NAME = re.compile(r"[a-zA-Z](?:=|\\in(?![a-zA-Z]) ?)")
 _FRACTION = re.compile(rf"\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}(?![0-9.,/])")
 _CURRENCY = rf"[${_DOLLAR}¢£¤¥\u20a0-\u20cf]"
-_AMOUNT = re.compile(rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)"
-                     rf"(?: ([+-]?))?"  # of a fraction's top: `-\frac{{-1}}{{2}}` has two signs
-                     rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?")
-_SIGNS = str.maketrans({_TEXT: " ", "$": "", _DOLLAR: "dollar ", "¢": "cent ", "£": "pound ",
-                        "€": "euro ", "¥": "yen ", "°": "degree "})
+_AMOUNT = re.compile(
+    rf"({_CURRENCY}?)([+-]?)({_CURRENCY}?)"
+    rf"(?: ([+-]?))?"  # of a fraction's top: `-\frac{{-1}}{{2}}` has two signs
+    rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?"
+)
+_SIGNS = str.maketrans(
+    {
+        _TEXT: " ",
+        "$": "",
+        _DOLLAR: "dollar ",
+        "¢": "cent ",
+        "£": "pound ",
+        "€": "euro ",
+        "¥": "yen ",
+        "°": "degree ",
+    }
+)
 
 # Letters are a unit in text, and where they can hardly be a product: `5 \text{ m}`, `5 eggs`,
 # `5 km`, but not `5 m` and `5 xy`.
 _WORD = r"(?:[a-zA-Z]{2,}|[mgshL])(?:\^\{-?[1-9]\})?"
 _LIKELY = r" (?=[a-zA-Z]{4}|(?:[mck]m|ft|kg|mph|lbs?|hrs?|day|min|men)(?![a-zA-Z]))"
-_UNIT = re.compile(rf"{_TEXT}?(?:%|{_CURRENCY}|°{_TEXT}?[CF]?)|"
-                   rf"(?:{_TEXT}|{_LIKELY}){_WORD}(?:[ /.{_TEXT}-]+{_WORD})*")
+_UNIT = re.compile(
+    rf"{_TEXT}?(?:%|{_CURRENCY}|°{_TEXT}?[CF]?)|"
+    rf"(?:{_TEXT}|{_LIKELY}){_WORD}(?:[ /.{_TEXT}-]+{_WORD})*"
+)
 # Words that make another number of it, or another answer.
-_NO_UNIT = re.compile(r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial
+_NO_UNIT = re.compile(
+    r"""\b(?:or|and|not|is|are|if|but|plus|minus|squared|cubed|factorial
     |percent\w*|pi|sqrt|infinity|alpha|beta|gamma|theta|half|halves|thirds?|quarters?
     |(?:fif|six|seven|eigh|nin|ten|twelf)ths?|(?:hundred|thousand|[mbtr]+illion|dozen)(?:th)?s?
     |zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b""", re.IGNORECASE | re.VERBOSE)
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def _amount(text: str) -> tuple[Fraction | None, str]:
     r"""The value and unit of `-1,234.50`, `\$5`, `1\frac{4}{5}`, `5 km`; None, "" for all else."""
     match = _AMOUNT.match(_FRACTION.sub(r" \1/\2", text))  # so `1\frac{4}{5}` is read as `1 4/5`
-    rest = match.string[match.end():] if match else ""
+    rest = match.string[match.end() :] if match else ""
     if not match or _NO_UNIT.search(rest) or rest and not _UNIT.fullmatch(rest):
         return None, ""
     before, sign, after, inner_sign, whole, top, bottom = match.groups("")
@@ -256,6 +296,7 @@ def _unit(text: str) -> str:
 
 
 # What is no number.
+
 
 def _as_text(text: str) -> str:
     text = _respace(text.replace(_TEXT, " ")).replace(" ,", ",").replace(", ", ",").strip()

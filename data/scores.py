@@ -1,4 +1,4 @@
-"""What a list of graded responses amounts to: accuracy, reflection, mean@k, pass@k, maj@k, with standard errors."""
+"""Scores of graded responses: accuracy, reflection, mean@k, pass@k, maj@k, with standard errors."""
 
 import math
 
@@ -6,66 +6,91 @@ from data.reward import answers, equal, final_answer, is_correct
 
 
 def score(records, samples=1, equal=equal) -> dict:
-    """Accuracy and reflection of (problem, text, finished) records, `samples` in a row for each problem.
+    """Accuracy and reflection of (problem, text, finished) records, `samples` in a row per problem.
 
-    Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and maj@k join it.
-    `equal(given, answer)` compares final answers: with the reference, and for maj@k with each other.
+    Standard errors are over problems. With several samples `accuracy` is mean@k, and pass@k and
+    maj@k are added. `equal(given, answer)` compares a final answer with the reference, and final
+    answers with each other for the votes of maj@k.
     """
     right = [finished and is_correct(text, p.answer, equal) for p, text, finished in records]
-    first = [first_is_right(text, p.answer, equal) for p, text, _ in records]
-    second = [reflects(text) for _, text, _ in records]
-    groups = [right[i : i + samples] for i in range(0, len(right), samples)]
-    accuracy, se = mean_and_se([sum(g) / samples for g in groups])
-
-    def rate(where):
-        return sum(s for s, w in zip(second, where) if w) / max(1, sum(where))
-
+    first_right = [first_is_right(text, p.answer, equal) for p, text, _ in records]
+    first_wrong = [not first for first in first_right]
+    reflecting = [reflects(text) for _, text, _ in records]
+    correct = [sum(group) for group in in_groups(right, samples)]  # right responses a problem
+    accuracy, se = mean_and_se([c / samples for c in correct])
     scores = {
-        "accuracy": accuracy, "accuracy_se": se, "reflection_rate": rate([True] * len(second)),
-        "reflection_rate_first_wrong": rate([not f for f in first]), "reflection_rate_first_right": rate(first),
-        "first_answer_accuracy": sum(first) / len(first),
-        "wrong_to_right": sum(r and not f for r, f in zip(right, first)),
-        "right_to_wrong": sum(f and not r for r, f in zip(right, first)),
-        "finished": sum(f for _, _, f in records) / len(records),
+        "accuracy": accuracy,
+        "accuracy_se": se,
+        "reflection_rate": sum(reflecting) / max(1, len(records)),
+        "reflection_rate_first_wrong": share_among(reflecting, first_wrong),
+        "reflection_rate_first_right": share_among(reflecting, first_right),
+        "first_answer_accuracy": sum(first_right) / len(records),
+        "wrong_to_right": sum(last and not first for last, first in zip(right, first_right)),
+        "right_to_wrong": sum(first and not last for last, first in zip(right, first_right)),
+        "finished": sum(finished for _, _, finished in records) / len(records),
     }
     if samples > 1:
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < samples] + [samples]
-        for k in ks:
-            scores[f"pass@{k}"], scores[f"pass@{k}_se"] = mean_and_se([pass_at_k(samples, sum(g), k) for g in groups])
-        votes = [majority(records[i : i + samples], equal) for i in range(0, len(records), samples)]
+        for k in sorted({1, 2, 4, 8, 16, 32, 64, samples}):
+            if k <= samples:
+                estimates = [pass_at_k(samples, c, k) for c in correct]
+                scores[f"pass@{k}"], scores[f"pass@{k}_se"] = mean_and_se(estimates)
+        votes = [majority(group, equal) for group in in_groups(records, samples)]
         scores[f"maj@{samples}"], scores[f"maj@{samples}_se"] = mean_and_se(votes)
     return scores
+
+
+def in_groups(items, size) -> list:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def share_among(flags, selected) -> float:
+    """The share of set flags among those that are selected; 0 if none is."""
+    both = sum(flag for flag, is_selected in zip(flags, selected) if is_selected)
+    return both / max(1, sum(selected))
 
 
 def mean_and_se(values) -> tuple[float, float]:
     """Mean and its standard error (Bessel's correction; 0 for a single value)."""
     mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate that at least one of k samples is right, from n of which `correct` were: 1 - C(n-c, k)/C(n, k)."""
+    """An unbiased estimate that at least one of k samples is right, if `correct` of n were.
+
+    It is 1 - C(n - correct, k) / C(n, k).
+    """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority(records, equal=equal) -> float:
-    """1 if the commonest final answer of one problem's finished responses is right; the earlier one wins a tie."""
+    """1 if the most common final answer of a problem's finished responses is right, else 0.
+
+    Of two equally common answers the earlier one counts.
+    """
     votes = vote((text for _, text, finished in records if finished), equal)
-    return float(bool(votes) and equal(votes[0][0], records[0][0].answer))
+    if not votes:
+        return 0.0
+    (answer, _), problem = votes[0], records[0][0]
+    return float(equal(answer, problem.answer))
 
 
 def vote(texts, equal=equal) -> list[tuple[str, int]]:
-    """The final answers of `texts` and how often each was given: commonest first, earlier of a tie.
+    """The final answers of `texts` and how often each was given, the most common first.
 
-    An answer is counted with the first of the earlier kinds whose first member it equals, and is the
-    first of a new kind if there is none. So it has one vote although `equal` is not transitive.
+    An answer is counted under the first earlier answer that it equals, or else under itself. So
+    each text has one vote although `equal` is not transitive. The earlier of a tie comes first.
     """
     votes: dict[str, int] = {}
     for given in filter(None, map(final_answer, texts)):
-        kind = next((first for first in votes if equal(given, first)), given)
-        votes[kind] = votes.get(kind, 0) + 1
-    return sorted(votes.items(), key=lambda kind: -kind[1])
+        counted_as = given
+        for earlier in votes:
+            if equal(given, earlier):
+                counted_as = earlier
+                break
+        votes[counted_as] = votes.get(counted_as, 0) + 1
+    return sorted(votes.items(), key=lambda item: -item[1])
 
 
 def first_is_right(text: str, answer: str, equal=equal) -> bool:
@@ -74,5 +99,5 @@ def first_is_right(text: str, answer: str, equal=equal) -> bool:
 
 
 def reflects(text: str) -> bool:
-    """The response commits to an answer and then to another: more than one box that holds one."""
+    """The response gives an answer and then another: it has several boxes that are not empty."""
     return len(answers(text)) > 1

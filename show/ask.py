@@ -1,4 +1,4 @@
-"""Ask a model one question: watch it think, read what a teacher would say to that, or let several answers vote."""
+"""Ask a model one question: watch it think, read a teacher's feedback, or count several answers."""
 
 from __future__ import annotations
 
@@ -18,45 +18,55 @@ from teacher import make_teacher
 
 
 def prepare(args):
-    """Check the flags and load what they name; returns the job: one answer as it is written, or a vote of several."""
+    """Check the flags and load the models; returns the job: one answer, or a vote of several."""
     asks_teacher = args.teacher or args.teacher_model
     if asks_teacher and args.samples > 1:
         raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
-    place = device_and_dtype(args)
-    model, tokenizer = load_model(args.model, *place)
+    device, dtype = device_and_dtype(args)
+    model, tokenizer = load_model(args.model, device, dtype)
     if not args.question.strip():
         raise ValueError("the question is empty")
     context = model.config.max_seq_len
     room = context - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
-        shorter = (
-            "shorten it" if room < 1 else f"shorten it, or lower --max-tokens to {room} or less"
-        )
+        shorter = "shorten it"
+        if room >= 1:
+            shorter += f", or lower --max-tokens to {room} or less"
         raise ValueError(
-            f"the question leaves {max(0, room)} tokens of the model's context of {context}: {shorter}"
+            f"the question leaves {max(0, room)} tokens of the model's context of {context}: "
+            f"{shorter}"
         )
-    args.memory = "lower --max-tokens" + " or --samples" * (args.samples > 1)
     options = {
         "max_tokens": args.max_tokens or min(1024, room),
         "seed": args.seed,
-        "temperature": float(args.samples > 1) if args.temperature is None else args.temperature,
+        "temperature": args.temperature,
     }
+    args.memory = "lower --max-tokens"
+    if args.temperature is None:
+        options["temperature"] = float(args.samples > 1)
     if args.samples > 1:
-        return lambda: hold_vote(model, tokenizer, args.question, samples=args.samples, **options)
+        args.memory += " or --samples"
+        return lambda: print_vote(model, tokenizer, args.question, samples=args.samples, **options)
     teacher = None
-    if asks_teacher:
-        theirs, their_tokenizer = (
-            load_model(args.teacher_model, *place) if args.teacher_model else (model, tokenizer)
-        )
-        longest = theirs.config.max_seq_len
-        reply = min(Config.teacher_reply, longest * 3 // 8)
-        settings = Config(teacher_reply=reply, teacher_prompt=longest)
-        teacher = make_teacher(theirs, their_tokenizer, settings)
+    if args.teacher_model:
+        teacher = teacher_of(*load_model(args.teacher_model, device, dtype))
+    elif args.teacher:
+        teacher = teacher_of(model, tokenizer)
     return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)
 
 
+def teacher_of(model, tokenizer):
+    """A teacher that uses the model's whole context, up to three eighths of it for the reply."""
+    context = model.config.max_seq_len
+    reply = min(Config.teacher_reply, context * 3 // 8)
+    return make_teacher(model, tokenizer, Config(teacher_reply=reply, teacher_prompt=context))
+
+
 def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, teacher=None):
-    """Print one response as it is sampled; then what the teacher, if there is one, says to the attempt before a reflection."""
+    """Print one response as it is sampled, then the teacher's feedback if there is a teacher.
+
+    The teacher reads the response up to any reflection.
+    """
     stream = Stream(tokenizer)
     ids = generate(
         model,
@@ -73,26 +83,25 @@ def think_aloud(model, tokenizer, question, *, max_tokens, temperature, seed, te
         print(f"cut off after {max_tokens} tokens", file=sys.stderr)
     if teacher:
         text = spoken(tokenizer, ids)
-        print("\n" + opinion_of(teacher, question, text[: reflection_start(text)]))
+        print("\n" + shown_feedback(teacher, question, text[: reflection_start(text)]))
 
 
-def opinion_of(teacher, question: str, attempt: str) -> str:
+def shown_feedback(teacher, question: str, attempt: str) -> str:
+    """The teacher's feedback as three lines, or why there is none."""
     feedback = teacher.feedback([question], [attempt])[0]
     if feedback:
-        return "\n".join(
-            f"teacher's {name + ':':<8} {text}" for name, text in feedback._asdict().items()
-        )
-    why = (
-        f"the attempt makes its prompt longer than {teacher.max_prompt} tokens"
-        if teacher.dropped
-        else f"its reply is longer than {teacher.max_tokens} tokens"
-        if teacher.cut
-        else "its reply has not the asked form"
-    )
+        parts = feedback._asdict()
+        return "\n".join(f"teacher's {name + ':':<8} {text}" for name, text in parts.items())
+    if teacher.dropped:
+        why = f"the attempt makes its prompt longer than {teacher.max_prompt} tokens"
+    elif teacher.cut:
+        why = f"its reply is longer than {teacher.max_tokens} tokens"
+    else:
+        why = "its reply has not the asked form"
     return f"no feedback from the teacher: {why}"
 
 
-def hold_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samples):
+def print_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samples):
     """Print the final answer of every sample, how often each was given, and the majority's."""
     responses = generate(
         model,
@@ -108,7 +117,8 @@ def hold_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samp
         given = "cut off" if text is None else final_answer(text)
         print(f"sample {i}: {one_line(given or 'no final answer')}")
     votes = vote(text for text in texts if text is not None)
-    print("\nvotes: " + (", ".join(f"{one_line(answer)} ({n})" for answer, n in votes) or "none"))
+    counts = [f"{one_line(answer)} ({count})" for answer, count in votes]
+    print("\nvotes: " + (", ".join(counts) or "none"))
     if votes:
         print(f"majority: {one_line(votes[0][0])} ({votes[0][1]} of {samples})")
 
@@ -118,7 +128,10 @@ def one_line(text: str) -> str:
 
 
 class Stream:
-    """Prints a response as its tokens come: whole characters only, and in colour what follows the first answer."""
+    """Prints a response as its tokens come, and what follows the first answer in colour.
+
+    It waits for the rest of a character that is not complete.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
@@ -136,8 +149,8 @@ class Stream:
 
 
 def reflection_start(text: str) -> int:
-    """Where a text goes on after its first answer: the blank line behind its box, else the text's end."""
-    return next(
-        (gap.start() for gap in re.finditer("\n\n", text) if answers(text[: gap.start()])),
-        len(text),
-    )
+    """The place of the first blank line after an answer, where a reflection begins; or the end."""
+    for gap in re.finditer("\n\n", text):
+        if answers(text[: gap.start()]):
+            return gap.start()
+    return len(text)

