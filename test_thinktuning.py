@@ -24,12 +24,28 @@ GSM8K = HERE.parent / "shared" / "gsm8k"
 def tiny(seed=0, **changes):
     torch.manual_seed(seed)
     tokenizer = Tokenizer.builtin()
-    return LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256, **changes)), tokenizer
+    return LM(
+        ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256, **changes)
+    ), tokenizer
 
 
 def tiny_config(**changes):
-    return Config(**{**dict(steps=3, questions=4, samples=3, max_tokens=12, mini_batch=2, learning_rate=1e-2, teacher_reply=40,
-                            teacher_prompt=128, micro_batch=8192), **changes})
+    return Config(
+        **{
+            **dict(
+                steps=3,
+                questions=4,
+                samples=3,
+                max_tokens=12,
+                mini_batch=2,
+                learning_rate=1e-2,
+                teacher_reply=40,
+                teacher_prompt=128,
+                micro_batch=8192,
+            ),
+            **changes,
+        }
+    )
 
 
 @pytest.fixture
@@ -44,8 +60,15 @@ def weights(model):
 
 
 STEPS_OF_THE_PAPER = {  # function of thinktuning.py: its letter in the order of the eight steps
-    "sample_rollouts": "1", "choose_rollouts": "2", "parse_feedback": "4", "augment": "5", "reward": "6",
-    "set_advantages": "7", "snapshot": "8", "update": "8"}
+    "sample_rollouts": "1",
+    "choose_rollouts": "2",
+    "parse_feedback": "4",
+    "augment": "5",
+    "reward": "6",
+    "set_advantages": "7",
+    "snapshot": "8",
+    "update": "8",
+}
 
 
 def watched(monkeypatch, teacher):
@@ -74,25 +97,39 @@ def test_a_step_is_the_papers_eight_steps_in_their_order(monkeypatch):
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     config = tiny_config(max_tokens=60, samples=4, schedule="constant", p_init=0.5, epochs=2)
     train(student, tokenizer, problems, config, teacher=teacher)
-    rollouts, updates = config.questions * config.samples, config.epochs * config.questions // config.mini_batch
+    rollouts, updates = (
+        config.questions * config.samples,
+        config.epochs * config.questions // config.mini_batch,
+    )
     order = "".join(letter for letter, _ in calls)
     # Parsing and augmenting take turns, and each rollout is rewarded by itself.
-    assert re.fullmatch(f"(123(45)+6{{{rollouts}}}78{{{1 + updates}}}){{{config.steps}}}", order), order
+    assert re.fullmatch(f"(123(45)+6{{{rollouts}}}78{{{1 + updates}}}){{{config.steps}}}", order), (
+        order
+    )
 
 
 def test_the_teacher_reads_question_and_attempt_and_each_group_is_compared_with_itself(monkeypatch):
     student, tokenizer = finishing_student()
     teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{7}.")
     calls = watched(monkeypatch, teacher)
-    problems = [Problem(q, "7" if i % 2 else "8") for i, (q, _) in enumerate(load_problems("wordproblems")[:8])]
+    problems = [
+        Problem(q, "7" if i % 2 else "8")
+        for i, (q, _) in enumerate(load_problems("wordproblems")[:8])
+    ]
     config = tiny_config(steps=1, max_tokens=60, samples=4, schedule="constant", p_init=0.5)
     train(student, tokenizer, problems, config, teacher=teacher)
     given = {letter: args for letter, args in calls}
     rollouts, _ = given["7"]
     helped = [r for r in rollouts if r.asked]
     assert helped and given["3"] == ([r.question for r in helped], [r.attempt for r in helped])
-    batches = [args[2] for letter, args in calls if letter == "8" and args[0] is student and len(args) > 2
-               and isinstance(args[1], torch.optim.Optimizer)]
+    batches = [
+        args[2]
+        for letter, args in calls
+        if letter == "8"
+        and args[0] is student
+        and len(args) > 2
+        and isinstance(args[1], torch.optim.Optimizer)
+    ]
     size = config.mini_batch * config.samples
     assert batches == [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
     for start in range(0, len(rollouts), config.samples):
@@ -121,8 +158,16 @@ def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeyp
         student, tokenizer = finishing_student()
         # A random model is never right: pay for texts of even length, so that there is something to learn.
         monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
-        teacher = make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
-        train(student, tokenizer, load_problems("wordproblems"), tiny_config(method=method, seed=seed), teacher=teacher)
+        teacher = (
+            make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
+        )
+        train(
+            student,
+            tokenizer,
+            load_problems("wordproblems"),
+            tiny_config(method=method, seed=seed),
+            teacher=teacher,
+        )
         return weights(student)
 
     first, second, other = run(1), run(1), run(2)
@@ -153,8 +198,12 @@ def test_a_step_trains_the_policy_that_it_sampled_at_any_temperature(monkeypatch
     teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
     (metrics,) = train(student, tokenizer, [Problem("Why?", "7")], config, teacher=teacher)
     assert metrics["guided"] > 0
-    assert metrics["kl_old"] == pytest.approx(0, abs=1e-6)  # π_old, sampled or from the snapshot, and π_θ
-    assert metrics["reward"] == 0 and metrics["grad_norm"] < 1e-4  # nothing but the KL term: π_θ and π_ref
+    assert metrics["kl_old"] == pytest.approx(
+        0, abs=1e-6
+    )  # π_old, sampled or from the snapshot, and π_θ
+    assert (
+        metrics["reward"] == 0 and metrics["grad_norm"] < 1e-4
+    )  # nothing but the KL term: π_θ and π_ref
 
 
 def scripted_teacher(tokenizer, phrase):
@@ -192,9 +241,18 @@ def test_guided_rollouts_are_rewarded_by_the_same_reward_and_shown_in_transcript
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     run = Recorder()
     config = tiny_config(max_tokens=60, schedule="constant", p_init=0.5, samples=4)
-    train(student, tokenizer, problems, config, teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{7}."), run=run)
+    train(
+        student,
+        tokenizer,
+        problems,
+        config,
+        teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{7}."),
+        run=run,
+    )
     assert sum(m["guided"] for m in run.metrics) > 5
-    assert all(m["guided_reward"] == m["guided"] for m in run.metrics)  # the box says 7, and 7 is right
+    assert all(
+        m["guided_reward"] == m["guided"] for m in run.metrics
+    )  # the box says 7, and 7 is right
     guided = [line for line in run.lines if line["guidance"]]
     words = "\n\nWait, that does not fit the story.\n\nSo the answer"
     assert guided and all(line["guidance"].startswith(words) for line in guided)
@@ -205,8 +263,14 @@ def test_a_wrong_teacher_earns_its_student_nothing():
     student, tokenizer = finishing_student()
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     run = Recorder()
-    train(student, tokenizer, problems, tiny_config(max_tokens=60, schedule="constant", samples=4),
-          teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{8}."), run=run)
+    train(
+        student,
+        tokenizer,
+        problems,
+        tiny_config(max_tokens=60, schedule="constant", samples=4),
+        teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{8}."),
+        run=run,
+    )
     assert sum(m["guided"] for m in run.metrics) > 5 and sum(m["reward"] for m in run.metrics) == 0
 
 
@@ -214,7 +278,14 @@ def test_the_teacher_goes_off_for_good_and_evaluation_never_involves_it():
     student, tokenizer = finishing_student()
     run = Recorder()
     teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
-    train(student, tokenizer, load_problems("wordproblems"), tiny_config(steps=20, max_tokens=50), teacher=teacher, run=run)
+    train(
+        student,
+        tokenizer,
+        load_problems("wordproblems"),
+        tiny_config(steps=20, max_tokens=50),
+        teacher=teacher,
+        run=run,
+    )
     asked = [m["teacher_asked"] > 0 for m in run.metrics]
     assert asked == [True] * 3 + [False] * 17  # 15% of the steps with the published schedule
     teacher.ask = None  # evaluate could not call it
@@ -223,7 +294,9 @@ def test_the_teacher_goes_off_for_good_and_evaluation_never_involves_it():
 
 def test_published_7_a_schedule_started_anew_brings_the_teacher_back_and_a_function_of_the_step_does_not():
     stopped_at, total = 30, 60
-    assert guidance_fraction(0, total) == 0.1  # what a resumed run without schedule state starts from
+    assert (
+        guidance_fraction(0, total) == 0.1
+    )  # what a resumed run without schedule state starts from
     assert all(guidance_fraction(step, total) == 0.0 for step in range(stopped_at, total))
 
 
@@ -240,33 +313,84 @@ def llama_directory(tmp_path_factory):
     """A random Llama with a byte-level BPE tokenizer in Llama 3's layout, trained on GSM8K, made by other tools."""
     if not GSM8K.is_dir():
         pytest.skip(f"{GSM8K} is not here")
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers, tokenizers = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("tokenizers"),
+    )
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
     path = tmp_path_factory.mktemp("llama")
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ]
     t = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     t.decoder = decoders.ByteLevel()
     text = [json.loads(line)["question"] for line in open(GSM8K / "train.jsonl")][:1500]
-    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False,
-                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|eot_id|>").save_pretrained(path)
+    t.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=t, eos_token="<|eot_id|>"
+    ).save_pretrained(path)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=1000, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                                      tie_word_embeddings=True, initializer_range=0.3)
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
 
 
-def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama_directory, tmp_path, capsys):
+def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(
+    llama_directory, tmp_path, capsys
+):
     import transformers
+
     flags = "--steps 3 --questions 4 --samples 3 --max-tokens 24 --teacher-reply 24 --mini-batch 2 --eval-count 6"
-    assert main(["train", "--model", str(llama_directory), "--data", str(GSM8K / "train.jsonl"), "--eval-data",
-                 str(GSM8K / "test.jsonl"), "--out", str(tmp_path / "run"), *flags.split()]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(llama_directory),
+                "--data",
+                str(GSM8K / "train.jsonl"),
+                "--eval-data",
+                str(GSM8K / "test.jsonl"),
+                "--out",
+                str(tmp_path / "run"),
+                *flags.split(),
+            ]
+        )
+        == 0
+    )
     run = tmp_path / "run"
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == [0, 1, 2] and "eval_accuracy" in metrics[-1]
@@ -279,42 +403,110 @@ def test_a_model_directory_trains_on_gsm8k_and_other_tools_load_the_result(llama
     text = "Natalia sold 48 clips."
     ids = transformers.AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"]
     assert ids == Tokenizer.load(run / "model").encode(text)
-    assert main(["eval", "--model", str(run / "model"), "--data", str(GSM8K / "test.jsonl"), "--count", "3", "--samples", "2",
-                 "--max-tokens", "8", "--grader", "builtin"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "--model",
+                str(run / "model"),
+                "--data",
+                str(GSM8K / "test.jsonl"),
+                "--count",
+                "3",
+                "--samples",
+                "2",
+                "--max-tokens",
+                "8",
+                "--grader",
+                "builtin",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "maj@2" in out and "graded by the built-in comparison\n" in out
 
 
-def test_training_in_bfloat16_says_what_it_needs_and_saves_bfloat16(llama_directory, tmp_path, capsys):
+def test_training_in_bfloat16_says_what_it_needs_and_saves_bfloat16(
+    llama_directory, tmp_path, capsys
+):
     flags = "--dtype bfloat16 --steps 1 --questions 2 --samples 3 --max-tokens 16 --teacher-reply 16 --mini-batch 2 --rows 4"
-    assert main(["train", "--model", str(llama_directory), "--data", str(GSM8K / "train.jsonl"), "--out", str(tmp_path),
-                 *flags.split()]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(llama_directory),
+                "--data",
+                str(GSM8K / "train.jsonl"),
+                "--out",
+                str(tmp_path),
+                *flags.split(),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "bfloat16, float32 master weights" in out and "it fits" in out
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())
-    assert json.loads((tmp_path / "config.json").read_text())["micro_batch"] >= 512 + 16  # chosen, and written down
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["micro_batch"] >= 512 + 16
+    )  # chosen, and written down
 
 
 def test_prompts_longer_than_the_context_are_counted_and_dropped(llama_directory, tmp_path, capsys):
     long = tmp_path / "problems.jsonl"
-    long.write_text("".join(json.dumps({"question": "word " * n, "answer": "1"}) + "\n" for n in (1, 5000, 3)))
-    assert main(["eval", "--model", str(llama_directory), "--data", str(long), "--max-tokens", "4"]) == 0
+    long.write_text(
+        "".join(json.dumps({"question": "word " * n, "answer": "1"}) + "\n" for n in (1, 5000, 3))
+    )
+    assert (
+        main(["eval", "--model", str(llama_directory), "--data", str(long), "--max-tokens", "4"])
+        == 0
+    )
     assert "dropped 1 of 3 questions" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, earns", [
-    (r"\boxed{3} \boxed{5} \boxed{7}", 1), (r"\boxed{7} \boxed{3}", 0), (r"\boxed{7} and so \boxed{", 0),
-    (r"\boxed{7} \boxed{3", 0),
-    (r"\boxed{7 or 8}", 0), (r"\boxed{7, 8}", 0), (r"\boxed{\boxed{7}}", 1), (r"\boxed{\boxed{8}7}", 0),
-    (r"\boxed{x = 7}", 1), (r"\boxed{7 \text{ cm}}", 1), (r"\boxed{7\%}", 0), (r"\boxed{7k}", 0), (r"\boxed{x = 8 = 7}", 0),
-    (r"\boxed{8}<|end|>\boxed{7}", 1), (r"\boxed{7}<|end|><|student|>\boxed{8}", 0),
-    (r"<opinion>correct</opinion><reason>x</reason><phrase>\boxed{7}</phrase> \boxed{8}", 0),
-    ("\\boxed{\uff17}", 0), ("\\boxed{\u0667}", 0), ("\\boxed{\u2077}", 0), (r"\boxed{seven}", 0), (r"\boxed{7e0}", 0),
-    (r"\boxed{07e0}", 0), (r"\boxed{inf}", 0), (r"\boxed{nan}", 0), (r"\boxed{1e400}", 0), (r"\boxed{" + "7" * 100_000 + "}", 0),
-    ("{" * 100_000, 0), ("", 0), ("7", 0), (r"\boxed{7.0}", 1), (r"\boxed{14/2}", 1)])
+@pytest.mark.parametrize(
+    "text, earns",
+    [
+        (r"\boxed{3} \boxed{5} \boxed{7}", 1),
+        (r"\boxed{7} \boxed{3}", 0),
+        (r"\boxed{7} and so \boxed{", 0),
+        (r"\boxed{7} \boxed{3", 0),
+        (r"\boxed{7 or 8}", 0),
+        (r"\boxed{7, 8}", 0),
+        (r"\boxed{\boxed{7}}", 1),
+        (r"\boxed{\boxed{8}7}", 0),
+        (r"\boxed{x = 7}", 1),
+        (r"\boxed{7 \text{ cm}}", 1),
+        (r"\boxed{7\%}", 0),
+        (r"\boxed{7k}", 0),
+        (r"\boxed{x = 8 = 7}", 0),
+        (r"\boxed{8}<|end|>\boxed{7}", 1),
+        (r"\boxed{7}<|end|><|student|>\boxed{8}", 0),
+        (r"<opinion>correct</opinion><reason>x</reason><phrase>\boxed{7}</phrase> \boxed{8}", 0),
+        ("\\boxed{\uff17}", 0),
+        ("\\boxed{\u0667}", 0),
+        ("\\boxed{\u2077}", 0),
+        (r"\boxed{seven}", 0),
+        (r"\boxed{7e0}", 0),
+        (r"\boxed{07e0}", 0),
+        (r"\boxed{inf}", 0),
+        (r"\boxed{nan}", 0),
+        (r"\boxed{1e400}", 0),
+        (r"\boxed{" + "7" * 100_000 + "}", 0),
+        ("{" * 100_000, 0),
+        ("", 0),
+        ("7", 0),
+        (r"\boxed{7.0}", 1),
+        (r"\boxed{14/2}", 1),
+    ],
+)
 def test_what_a_policy_might_try(text, earns):
-    rollout = Rollout([1], [2], finished=True, question=r"It is \boxed{7}, is it not?", answer="7", text=text)
+    rollout = Rollout(
+        [1], [2], finished=True, question=r"It is \boxed{7}, is it not?", answer="7", text=text
+    )
     assert reward(rollout) == earns
     rollout.finished = False
     assert reward(rollout) == 0

@@ -21,9 +21,15 @@ def worked_out(question):
     n = int(re.match(r"\w+ has (\d+) ", question)[1])
     content = [n]
     for day in question.split(" On ")[1:]:
-        signs = (("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-"), ("doubles", "*"), ("half", "/"))
-        sign = next(sign for word, sign in signs
-                    if word in day)
+        signs = (
+            ("finds", "+"),
+            ("buys", "+"),
+            ("loses", "-"),
+            ("sells", "-"),
+            ("doubles", "*"),
+            ("half", "/"),
+        )
+        sign = next(sign for word, sign in signs if word in day)
         amount = int(re.search(r"\d+", day)[0]) if sign in "+-" else 2
         n = {"+": n + amount, "-": n - amount, "*": 2 * n, "/": n / 2}[sign]
         content.append((sign, amount))
@@ -42,12 +48,20 @@ def test_every_built_in_answer_is_right_and_held_out_problems_differ_in_content(
 
 
 def test_no_training_story_passes_through_a_held_out_problem():
-    held_out = {worked_out(p.question)[0] for split in ("validation", "test") for p in load_problems("wordproblems", split)}
-    validation, test = ({worked_out(p.question)[0] for p in load_problems("wordproblems", split)}
-                        for split in ("validation", "test"))
+    held_out = {
+        worked_out(p.question)[0]
+        for split in ("validation", "test")
+        for p in load_problems("wordproblems", split)
+    }
+    validation, test = (
+        {worked_out(p.question)[0] for p in load_problems("wordproblems", split)}
+        for split in ("validation", "test")
+    )
     assert not validation & test
     rng = random.Random(0)
-    stories = [wordproblems.question(wordproblems.make_story(rng, 1 + i % 6, "train")) for i in range(3000)]
+    stories = [
+        wordproblems.question(wordproblems.make_story(rng, 1 + i % 6, "train")) for i in range(3000)
+    ]
     for question in stories + [p.question for p in load_problems("wordproblems")]:
         content, _ = worked_out(question)
         assert not any(content[:end] in held_out for end in range(2, len(content) + 1))
@@ -85,7 +99,13 @@ def test_the_shipped_vocabulary_is_what_its_script_makes(tmp_path):
 
 def test_numbers_are_single_tokens_wherever_they_stand():
     tokenizer = Tokenizer.builtin()
-    for text in ("Gus has 17 keys.", "17 + 2 = 19.", "starts with 17.", "\\boxed{17}.", "finds 17: 17 - 3 = 14."):
+    for text in (
+        "Gus has 17 keys.",
+        "17 + 2 = 19.",
+        "starts with 17.",
+        "\\boxed{17}.",
+        "finds 17: 17 - 3 = 14.",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode("17")[0] in tokenizer.encode(text)
     assert len(tokenizer.encode("17")) == 1
@@ -94,4 +114,7 @@ def test_numbers_are_single_tokens_wherever_they_stand():
 def test_the_student_prompt_is_the_question_alone_for_the_built_in_problems():
     tokenizer = Tokenizer.builtin()
     question = load_problems("wordproblems")[0].question
-    assert tokenizer.decode(student_prompt(tokenizer, question)) == f"<|question|>{question}<|student|>"
+    assert (
+        tokenizer.decode(student_prompt(tokenizer, question))
+        == f"<|question|>{question}<|student|>"
+    )

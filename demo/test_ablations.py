@@ -14,7 +14,9 @@ def test_ablations_run_every_variant(tmp_path, capsys):
     assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "2"]) == 0
     assert (tmp_path / "summary.json").read_text() == "the demonstration's table"
     rows = json.loads((tmp_path / "ablate-stress.json").read_text())
-    assert rows.keys() == demo.ablations.VARIANTS["stress"].keys() and all(len(v) == 2 for v in rows.values())
+    assert rows.keys() == demo.ablations.VARIANTS["stress"].keys() and all(
+        len(v) == 2 for v in rows.values()
+    )
 
 
 def test_corrupted_and_shuffled_feedback_do_what_they_say():
@@ -27,6 +29,8 @@ def test_corrupted_and_shuffled_feedback_do_what_they_say():
         assert after.phrase.startswith("So 1 + 1 = 2. The answer is \\boxed{")  # the steps stay
     assert demo.ablations.corrupted(0.0)(lambda q, a: replies, random.Random(0))([], []) == replies
     unparsed = ["", "no tags \\boxed{3}"]
-    assert demo.ablations.corrupted(1.0)(lambda q, a: unparsed, random.Random(0))([], []) == unparsed
+    assert (
+        demo.ablations.corrupted(1.0)(lambda q, a: unparsed, random.Random(0))([], []) == unparsed
+    )
     moved = demo.ablations.shuffled(lambda q, a: replies, random.Random(0))([], [])
     assert all(a != b for a, b in zip(moved, replies)) and sorted(moved) == sorted(replies)

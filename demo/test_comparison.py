@@ -9,8 +9,16 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for name in ("base", "grpo", "thinktuning"):
-        assert {"accuracy", "accuracy_se", "reflection_rate", "reflection_rate_first_wrong", "reflection_rate_first_right",
-                "first_answer_accuracy", "mean_length", "seconds"} <= summary[name].keys()
+        assert {
+            "accuracy",
+            "accuracy_se",
+            "reflection_rate",
+            "reflection_rate_first_wrong",
+            "reflection_rate_first_right",
+            "first_answer_accuracy",
+            "mean_length",
+            "seconds",
+        } <= summary[name].keys()
     assert summary["seconds"]["pretrain"] > 0
     first = capsys.readouterr().out
     assert "T ThinkTuning, g GRPO" in first and "under the teacher prompt" in first
@@ -18,7 +26,11 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     assert "cached in" in capsys.readouterr().out
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["seconds"]["pretrain"] == 0
-    for name in ("base", "grpo", "thinktuning"):  # the same to the digit, from the cached base as from the fresh one
+    for name in (
+        "base",
+        "grpo",
+        "thinktuning",
+    ):  # the same to the digit, from the cached base as from the fresh one
         assert {**again[name], "seconds": 0} == {**summary[name], "seconds": 0}
     other = main(["--quick", "--out", str(tmp_path), "--floor", "0"])
     assert other == 0 and len(list(tmp_path.glob("base-*"))) == 2  # another floor is another base

@@ -62,7 +62,9 @@ UPDATED = {"skipped": 0.0, "loss": 0.5, "grad_norm": 1.0}
 def test_every_epoch_shows_every_problem_once_in_an_order_of_its_own():
     problems = list(range(10))
     shown = [p for step in range(5) for p in questions_of_step(problems, 4, 3, step)]
-    assert Counter(shown[:10]) == Counter(shown[10:]) == Counter(problems) and shown[:10] != shown[10:]
+    assert (
+        Counter(shown[:10]) == Counter(shown[10:]) == Counter(problems) and shown[:10] != shown[10:]
+    )
     assert len(questions_of_step(problems, 25, 3, 0)) == 25  # a step may be longer than an epoch
 
 
@@ -186,9 +188,22 @@ def test_a_teacher_that_is_hardly_understood_is_told_of_with_the_reason(capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
     run = tmp_path / "run"
-    flags = "--data wordproblems --method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
-    command = [sys.executable, "thinktuning.py", "train", "--model", model_directory, "--out", run, *flags.split()]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = (
+        "--data wordproblems --method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
+    )
+    command = [
+        sys.executable,
+        "thinktuning.py",
+        "train",
+        "--model",
+        model_directory,
+        "--out",
+        run,
+        *flags.split(),
+    ]
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(600):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2:
             break

@@ -165,7 +165,14 @@ def test_two_processes_train_as_one_does(start, tmp_path, mini_batch):
     """The same are helped, the same is learned from the same mini-batches."""
     for processes in (1, 2):
         command = [script(tmp_path, SAYS_THE_SAME), "train", "--model", start, "--steps", "4"]
-        command += ["--out", tmp_path / f"run{processes}", "--schedule", "constant", "--p-init", "0.5"]
+        command += [
+            "--out",
+            tmp_path / f"run{processes}",
+            "--schedule",
+            "constant",
+            "--p-init",
+            "0.5",
+        ]
         command += [*FLAGS, "--mini-batch", mini_batch, "--kl-coef", "0.1"]
         status, output = torchrun(*command, processes=processes)
         assert status == 0, output

@@ -71,8 +71,16 @@ def test_ask_streams_what_generate_gives(model_directory, capsys):
     question = load_problems("wordproblems", "test")[0].question
     assert main(["ask", "--model", str(model_directory), question, "--max-tokens", "9"]) == 0
     model, tokenizer = LM.load(model_directory), Tokenizer.load(model_directory)
-    ids = generate(model, [student_prompt(tokenizer, question)], max_tokens=9, stop=tokenizer.stop, temperature=0)[0]
-    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode([i for i in ids if i not in tokenizer.stop]).rstrip("\n")
+    ids = generate(
+        model,
+        [student_prompt(tokenizer, question)],
+        max_tokens=9,
+        stop=tokenizer.stop,
+        temperature=0,
+    )[0]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(
+        [i for i in ids if i not in tokenizer.stop]
+    ).rstrip("\n")
 
 
 def test_characters_split_across_tokens_appear_whole_and_once(
@@ -238,9 +246,16 @@ def test_an_attempt_for_the_teacher_is_one(model_directory, capsys):
 
 
 def test_ask_with_a_teacher_works_on_a_directory_made_elsewhere(llama_directory, capsys):
-    assert main(["ask", "--model", str(llama_directory), "How many?", "--max-tokens", "5", "--teacher"]) == 0
-    assert re.search(r"no feedback from the teacher: its reply (is longer than 1024 tokens|has not the asked form)\n$",
-                     capsys.readouterr().out)  # its weights are random
+    assert (
+        main(
+            ["ask", "--model", str(llama_directory), "How many?", "--max-tokens", "5", "--teacher"]
+        )
+        == 0
+    )
+    assert re.search(
+        r"no feedback from the teacher: its reply (is longer than 1024 tokens|has not the asked form)\n$",
+        capsys.readouterr().out,
+    )  # its weights are random
 
 
 # The vote

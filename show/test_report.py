@@ -831,7 +831,9 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
 
 def test_other_shapings_have_no_weight_and_unguided_rollouts_no_tokens():
     r, tokenizer = guided_rollout(1.0)
-    assert all(w is None for _, w, _ in guidance_tokens(r, tokenizer, LossSettings(shaping="ratio")))
+    assert all(
+        w is None for _, w, _ in guidance_tokens(r, tokenizer, LossSettings(shaping="ratio"))
+    )
     unguided = Rollout([1], [2, 3], True, old_logprobs=[0.0, 0.0])
     assert guidance_tokens(unguided, tokenizer, LossSettings()) == []
 

@@ -5,14 +5,21 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = "data model sampler run grpo teacher show demo thinktuning tools".split()  # an import never points up
+ORDER = (
+    "data model sampler run grpo teacher show demo thinktuning tools".split()
+)  # an import never points up
 OURS = {"data", "run", "show", "demo", "tools"}
 
 
 def files():
     """Every file of the program; tests may import what they like."""
-    found = [*ROOT.glob("*.py"), *(file for folder in OURS for file in (ROOT / folder).glob("*.py"))]
-    return [file for file in found if not file.name.startswith("test_") and file.name != "conftest.py"]
+    found = [
+        *ROOT.glob("*.py"),
+        *(file for folder in OURS for file in (ROOT / folder).glob("*.py")),
+    ]
+    return [
+        file for file in found if not file.name.startswith("test_") and file.name != "conftest.py"
+    ]
 
 
 def module_of(file):
@@ -54,13 +61,23 @@ def test_an_import_never_points_up():
 def test_nothing_imports_the_tools_and_only_they_import_the_loop():
     for file in files():
         if not module_of(file).startswith("tools"):
-            assert not any(name.startswith("tools") or name == "thinktuning" for name in imports_of(file)), file
+            assert not any(
+                name.startswith("tools") or name == "thinktuning" for name in imports_of(file)
+            ), file
 
 
 def test_only_the_update_and_what_surrounds_a_run_know_of_several_processes():
     knowing = {module_of(file) for file in files() if "run.world" in imports_of(file)}
-    assert {module for module in knowing if not module.startswith("run.")} == {"grpo", "thinktuning"}
-    loop = (ROOT / "thinktuning.py").read_text(encoding="utf-8").partition("\ndef train(")[2].partition("\ndef ")[0]
+    assert {module for module in knowing if not module.startswith("run.")} == {
+        "grpo",
+        "thinktuning",
+    }
+    loop = (
+        (ROOT / "thinktuning.py")
+        .read_text(encoding="utf-8")
+        .partition("\ndef train(")[2]
+        .partition("\ndef ")[0]
+    )
     assert "world." not in loop  # the loop hands it on and asks it nothing
 
 
@@ -81,7 +98,9 @@ def test_no_two_files_import_each_other_directly_or_in_a_circle():
 
 def test_the_order_is_noticed(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from data import reward\n    import run.config\nfrom data.reward import is_correct\nfrom data import load_problems")
+    file.write_text(
+        "def f():\n    from data import reward\n    import run.config\nfrom data.reward import is_correct\nfrom data import load_problems"
+    )
     assert imports_of(file) == {"data.reward", "run.config", "data"}
 
 
