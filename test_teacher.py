@@ -188,17 +188,17 @@ def groups(finished, size):
 )
 def test_one_process_and_several_choose_alike(finished, processes, percent, seed):
     rollouts, seed = groups(sum(finished, []), 4), f"choosing {seed} 0"
-    alone = choose_rollouts(rollouts, 4, percent / 100, seed)
+    alone = choose_rollouts(rollouts, 4, percent / 100, seed, 3)
     per_question = [rollouts[start : start + 4] for start in range(0, len(rollouts), 4)]
     together = []
     for rank in range(processes):
         own = sum(World(rank, processes).share(per_question), [])
-        together += choose_rollouts(own, 4, percent / 100, seed)
+        together += choose_rollouts(own, 4, percent / 100, seed, 3)
     assert list(map(id, together)) == list(map(id, alone))
     assert [sum(r.question == f"Question {q}" for r in alone) for q in range(len(finished))] == [
         max(1, sum(group) * percent // 100) if any(group) else 0 for group in finished
     ]
-    backwards = choose_rollouts(sum(per_question[::-1], []), 4, percent / 100, seed)
+    backwards = choose_rollouts(sum(per_question[::-1], []), 4, percent / 100, seed, 3)
     assert sorted(map(id, backwards)) == sorted(
         map(id, alone)
     )  # nor does the place in the batch matter
@@ -206,12 +206,12 @@ def test_one_process_and_several_choose_alike(finished, processes, percent, seed
 
 def test_each_question_and_each_step_has_its_own_draw():
     rollouts = groups([True] * 5 * 400, 5)
-    drawn = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, "choosing 0 0")]
-    later = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, "choosing 0 1")]
+    drawn = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, 0, 0)]
+    later = [r.response[0] % 5 for r in choose_rollouts(rollouts, 5, 0.1, 0, 1)]
     for draws in (drawn, later):
         assert all(50 < draws.count(i) < 110 for i in range(5))
     assert 40 < sum(a == b for a, b in zip(drawn, later, strict=True)) < 120
-    assert choose_rollouts(rollouts, 5, 0.0, "choosing 0 0") == []
+    assert choose_rollouts(rollouts, 5, 0.0, 0, 0) == []
 
 
 # ------------------------------------------------------------------ parsing

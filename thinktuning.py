@@ -137,7 +137,14 @@ def train(
             updates = []
             for batch in loop.mini_batches(rollouts):
                 updates.append(
-                    update(student, optimizer, batch, settings=settings, reference=reference, world=world)
+                    update(
+                        student,
+                        optimizer,
+                        batch,
+                        settings=settings,
+                        reference=reference,
+                        world=world,
+                    )
                 )
             loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
     return loop.history

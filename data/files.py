@@ -20,7 +20,9 @@ def regular(path) -> Path:
     directory, real = path.parent.resolve(), path.resolve()
     cache = directory.parents[1] / "blobs" if directory.parent.name == "snapshots" else None
     if real.parent not in (directory, cache):
-        raise ValueError(f"{path} is a link to {real}, outside its directory: put the file itself there")
+        raise ValueError(
+            f"{path} is a link to {real}, outside its directory: put the file itself there"
+        )
     return path
 
 
@@ -30,7 +32,9 @@ def read_json(path) -> dict:
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again from where it came from") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); copy it again from where it came from"
+        ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
@@ -44,7 +48,12 @@ def parse_json(text: str | bytes):
         raise ValueError("brackets too deep") from None
     level = [value]
     for _ in range(DEEPEST):
-        level = [v for x in level if isinstance(x, (list, dict)) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [
+            v
+            for x in level
+            if isinstance(x, (list, dict))
+            for v in (x.values() if isinstance(x, dict) else x)
+        ]
         if not level:
             return value
     raise ValueError("brackets too deep")

@@ -68,8 +68,12 @@ def assert_same_prompts(ours, directory):
 
 
 def make_smollm2(out, **environment):
-    return subprocess.run([sys.executable, ROOT / "tools" / "smollm2.py", out],
-                          env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "smollm2.py", out],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_smollm2s_logits_and_its_greedy_answer(smollm2):
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
     answer = generate(ours, [prompt], max_tokens=40, stop=tokenizer.stop, temperature=0.0)[0]
     both = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
-    assert answer == both[len(prompt):] and len(answer) == 40
+    assert answer == both[len(prompt) :] and len(answer) == 40
 
 
 # ------------------------------------------------------------------ vocabularies of Llama 3 and Qwen

@@ -31,7 +31,9 @@ def augment(rollout, feedback, tokenizer, max_tokens):
     where the teacher's ids begin; rollout.old_logprobs: set it to None. feedback.reason, feedback.phrase: str.
     tokenizer.encode(text) -> list of ids.
     """
-    raise NotImplementedError("your turn: put the teacher's words between the attempt and its end token")
+    raise NotImplementedError(
+        "your turn: put the teacher's words between the attempt and its end token"
+    )
 
 
 if __name__ == "__main__":

@@ -25,17 +25,24 @@ def as_tuple(result):
 
 
 def same(found, expected, close):
-    return len(found) == len(expected) and all(equal(a, b, close) for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        equal(a, b, close) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def equal(a, b, close):
-    return (torch.is_tensor(a) and a.shape == b.shape
-            and torch.allclose(a.double(), b.double(), rtol=close, atol=close, equal_nan=True))
+    return (
+        torch.is_tensor(a)
+        and a.shape == b.shape
+        and torch.allclose(a.double(), b.double(), rtol=close, atol=close, equal_nan=True)
+    )
 
 
 def difference(found, expected, parts, close):
     if len(found) != len(expected):
-        return f"returns {len(found)} value(s); it should return {len(expected)}: {', '.join(parts)}"
+        return (
+            f"returns {len(found)} value(s); it should return {len(expected)}: {', '.join(parts)}"
+        )
     for a, b, part in zip(found, expected, parts, strict=True):
         if not torch.is_tensor(a):
             return f"returns {a!r:.60} where {part} should be: a tensor of shape {tuple(b.shape)}"

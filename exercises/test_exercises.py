@@ -19,8 +19,14 @@ from teacher import choose
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("[0-9]_*.py"))
-GAPS = {"1_group_advantages": ["group_advantages"], "2_kv_cache": ["attend"], "3_top_p": ["sample"],
-        "4_ppo_clip": ["clipped_loss"], "5_shaped_ratio": ["shaped_ratio"], "6_choose_and_augment": ["choose", "augment"]}
+GAPS = {
+    "1_group_advantages": ["group_advantages"],
+    "2_kv_cache": ["attend"],
+    "3_top_p": ["sample"],
+    "4_ppo_clip": ["clipped_loss"],
+    "5_shaped_ratio": ["shaped_ratio"],
+    "6_choose_and_augment": ["choose", "augment"],
+}
 
 
 def test_there_are_six_and_each_gap_has_a_check_and_a_solution():
@@ -58,8 +64,13 @@ def test_the_program_fills_every_gap(file, tmp_path):
 
 def test_a_file_run_as_told_says_right_or_what_is_missing(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    for file, status, words in ((FILES[0], 1, "your turn"), (filled(FILES[0], tmp_path), 0, "1_group_advantages.py: right")):
-        done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=environment)
+    for file, status, words in (
+        (FILES[0], 1, "your turn"),
+        (filled(FILES[0], tmp_path), 0, "1_group_advantages.py: right"),
+    ):
+        done = subprocess.run(
+            [sys.executable, file], capture_output=True, text=True, env=environment
+        )
         assert (done.returncode, done.stderr) == (status, "") and words in done.stdout
 
 
@@ -86,7 +97,11 @@ def blind_to_itself(q, k, v, keys, values):
 
 def causal_with_one_query(q, k, v, keys, values):
     keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-    return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True), keys, values
+    return (
+        F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True),
+        keys,
+        values,
+    )
 
 
 def heads_in_turn(q, k, v, keys, values):
@@ -96,7 +111,9 @@ def heads_in_turn(q, k, v, keys, values):
 
 
 def forgets_the_new_token(q, k, v, keys, values):
-    y = F.scaled_dot_product_attention(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), enable_gqa=True)
+    y = F.scaled_dot_product_attention(
+        q, torch.cat([keys, k], 2), torch.cat([values, v], 2), enable_gqa=True
+    )
     return y, keys, values
 
 
@@ -105,11 +122,22 @@ def unscaled(q, k, v, keys, values):
     return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, scale=1.0), keys, values
 
 
-def top_p_of(warm=True, strict=False, whole=True, told_warm=True, ranks=False, rescale=True, random_numbers=None):
+def top_p_of(
+    warm=True,
+    strict=False,
+    whole=True,
+    told_warm=True,
+    ranks=False,
+    rescale=True,
+    random_numbers=None,
+):
     """A sampler a token at a time, with one thing wrong."""
+
     def sample(logits, uniform, temperature, top_p):
         tokens, logprobs = [], []
-        for z, u in zip(logits, uniform if random_numbers is None else torch.rand(len(uniform)), strict=True):
+        for z, u in zip(
+            logits, uniform if random_numbers is None else torch.rand(len(uniform)), strict=True
+        ):
             p = (z / temperature if warm else z).softmax(-1)
             order, kept, total = p.argsort(descending=True).tolist(), [], 0.0
             for place, token in enumerate(order):
@@ -118,7 +146,11 @@ def top_p_of(warm=True, strict=False, whole=True, told_warm=True, ranks=False, r
                 kept.append(place if ranks else token)
                 total += p[token].item()
             weights = [p[order[place]].item() for place in range(len(kept))]
-            below, target, drawn = 0.0, u.item() * (sum(weights) if rescale else 1), len(p) if not rescale else kept[-1]
+            below, target, drawn = (
+                0.0,
+                u.item() * (sum(weights) if rescale else 1),
+                len(p) if not rescale else kept[-1],
+            )
             for token, weight in zip(kept, weights, strict=True):
                 below += weight
                 if below >= target - 1e-7:
@@ -127,10 +159,15 @@ def top_p_of(warm=True, strict=False, whole=True, told_warm=True, ranks=False, r
             tokens.append(drawn)
             distribution = (z / temperature if told_warm else z).log_softmax(-1)
             if not whole:
-                distribution = torch.tensor([weights[kept.index(i)] / sum(weights) if i in kept else 1
-                                             for i in range(len(z))]).log()
+                distribution = torch.tensor(
+                    [
+                        weights[kept.index(i)] / sum(weights) if i in kept else 1
+                        for i in range(len(z))
+                    ]
+                ).log()
             logprobs.append(distribution[min(drawn, len(p) - 1)])
         return torch.tensor(tokens), torch.stack(logprobs)
+
     return sample
 
 
@@ -157,13 +194,18 @@ def weight_of(logprobs, advantages, hold=torch.Tensor.detach, ends=(-0.001, 0.00
     sg = hold(pi)
     below = sg + (advantages / 4000).clip(*ends)  # the same straight line
     if guards:
-        below = torch.where(below < 0, 1.0001 * pi.detach(), torch.where(below > 1, 0.9999 * pi.detach(), below))
+        below = torch.where(
+            below < 0, 1.0001 * pi.detach(), torch.where(below > 1, 0.9999 * pi.detach(), below)
+        )
     return pi / below
 
 
 def from_everybody(finished, group_size, fraction, rng):
-    return sorted(i for start in range(0, len(finished), group_size)
-                  for i in rng.sample(range(start, start + group_size), max(1, int(group_size * fraction))))
+    return sorted(
+        i
+        for start in range(0, len(finished), group_size)
+        for i in rng.sample(range(start, start + group_size), max(1, int(group_size * fraction)))
+    )
 
 
 def floor_alone(finished, group_size, fraction, rng):
@@ -194,8 +236,15 @@ def even_at_zero(finished, group_size, fraction, rng):
     return choose(finished, group_size, max(fraction, 1e-9), rng)
 
 
-def augment_with(attempt=lambda r, t: r.response[:-1], end=lambda r: r.response[-1:], cut=False, offset=0, keep=False):
+def augment_with(
+    attempt=lambda r, t: r.response[:-1],
+    end=lambda r: r.response[-1:],
+    cut=False,
+    offset=0,
+    keep=False,
+):
     """An `augment` with one thing wrong."""
+
     def augment(rollout, feedback, tokenizer, max_tokens):
         first = attempt(rollout, tokenizer)
         ids = first + tokenizer.encode(f"\n\n{feedback.reason}\n\n{feedback.phrase}") + end(rollout)
@@ -205,6 +254,7 @@ def augment_with(attempt=lambda r, t: r.response[:-1], end=lambda r: r.response[
         if not keep:
             rollout.old_logprobs = None
         return True
+
     return augment
 
 
@@ -233,7 +283,11 @@ HANDED_IN = [
     ("shaped_ratio", lambda logp, a: weight_of(logp, a, hold=lambda pi: pi), "detach it"),
     ("shaped_ratio", lambda logp, a: weight_of(logp.detach(), a), "has no gradient"),
     ("shaped_ratio", lambda logp, a: weight_of(logp, a, ends=(-1, 1)), "keep it between"),
-    ("shaped_ratio", lambda logp, a: weight_of(logp, a, ends=(0.001, -0.001)), "The published code has this slip"),
+    (
+        "shaped_ratio",
+        lambda logp, a: weight_of(logp, a, ends=(0.001, -0.001)),
+        "The published code has this slip",
+    ),
     ("shaped_ratio", lambda logp, a: weight_of(logp, a, guards=False), "leaves out the guards"),
     ("shaped_ratio", lambda logp, a: weight_of(logp, -a), "the wrong way round"),
     ("choose", from_everybody, "which is not finished"),
@@ -244,14 +298,20 @@ HANDED_IN = [
     ("choose", even_at_zero, "the teacher is off then"),
     ("augment", augment_with(attempt=lambda r, t: r.response), "end token in the middle"),
     ("augment", augment_with(end=lambda r: []), "without its end token"),
-    ("augment", augment_with(attempt=lambda r, t: t.encode(t.decode(r.response[:-1]))), "other ids than those that were sampled"),
+    (
+        "augment",
+        augment_with(attempt=lambda r, t: t.encode(t.decode(r.response[:-1]))),
+        "other ids than those that were sampled",
+    ),
     ("augment", augment_with(cut=True), "cuts a response"),
     ("augment", augment_with(offset=1), "guided_from"),
     ("augment", augment_with(keep=True), "log π_old of the whole"),
 ]
 
 
-@pytest.mark.parametrize("name, solution, hint", HANDED_IN, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(HANDED_IN)])
+@pytest.mark.parametrize(
+    "name, solution, hint", HANDED_IN, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(HANDED_IN)]
+)
 def test_a_usual_slip_is_told_by_its_name(name, solution, hint):
     message = checks.verdict(SimpleNamespace(**{name: solution}))
     assert message and message.startswith(name) and hint in message
@@ -260,7 +320,9 @@ def test_a_usual_slip_is_told_by_its_name(name, solution, hint):
 def test_every_slip_that_is_known_is_told_from_the_others(monkeypatch):
     calls = []
     for module in (check_model, check_training):
-        monkeypatch.setattr(module, "compare", lambda *args, **options: calls.append((args, options)))
+        monkeypatch.setattr(
+            module, "compare", lambda *args, **options: calls.append((args, options))
+        )
     for name, check in checks.CHECKS.items():
         check(getattr(checks.SOLUTIONS, name))
     assert len(calls) == 5
@@ -269,12 +331,18 @@ def test_every_slip_that_is_known_is_told_from_the_others(monkeypatch):
             assert compare(wrong, right, cases, slips, parts, **options) == hint
 
 
-@pytest.mark.parametrize("name, solution", [
-    ("group_advantages", lambda rewards: torch.stack([(r - r.mean()) / (r.std() + 1e-6) for r in rewards])),
-    ("sample", top_p_of()),
-    ("shaped_ratio", weight_of),
-    ("augment", augment_with()),
-])
+@pytest.mark.parametrize(
+    "name, solution",
+    [
+        (
+            "group_advantages",
+            lambda rewards: torch.stack([(r - r.mean()) / (r.std() + 1e-6) for r in rewards]),
+        ),
+        ("sample", top_p_of()),
+        ("shaped_ratio", weight_of),
+        ("augment", augment_with()),
+    ],
+)
 def test_another_way_to_write_it_is_right_too(name, solution):
     assert checks.verdict(SimpleNamespace(**{name: solution})) is None
 
@@ -295,6 +363,10 @@ def test_an_error_in_a_solution_is_told_with_its_line():
 def test_sizes_taken_for_given_are_found_in_the_model():
     def fixed(q, k, v, keys, values):
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, scale=8**-0.5), keys, values
+        return (
+            F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, scale=8**-0.5),
+            keys,
+            values,
+        )
 
     assert "take sizes from the tensors" in checks.verdict(SimpleNamespace(attend=fixed))

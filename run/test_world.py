@@ -19,10 +19,26 @@ pytestmark = pytest.mark.slow
 
 def torchrun(*command, processes=2, timeout=300):
     """Run `thinktuning.py ...` or `-c`-like test files under torchrun; (status, output of all processes)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-              "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run([*launch, *map(str, command)], cwd=HERE, timeout=timeout, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    done = subprocess.run(
+        [*launch, *map(str, command)],
+        cwd=HERE,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return done.returncode, done.stdout
 
 
@@ -73,8 +89,15 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("settings", [("untied", "0", "10000", "keep", "both"), ("tied", "0.1", "12", "recompute", "both"),
-                                      ("untied", "0.1", "1", "keep", "both"), ("tied", "0", "12", "keep", "one")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("untied", "0", "10000", "keep", "both"),
+        ("tied", "0.1", "12", "recompute", "both"),
+        ("untied", "0.1", "1", "keep", "both"),
+        ("tied", "0", "12", "keep", "one"),
+    ],
+)
 def test_the_update_of_two_processes_is_that_of_one(settings, tmp_path):
     script = tmp_path / "update.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
@@ -87,7 +110,9 @@ def test_the_update_of_two_processes_is_that_of_one(settings, tmp_path):
 def start(tmp_path):
     torch.manual_seed(0)
     tokenizer = Tokenizer.builtin()
-    LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)).save(tmp_path / "start", tokenizer)
+    LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)).save(
+        tmp_path / "start", tokenizer
+    )
     return tmp_path / "start"
 
 
@@ -107,8 +132,10 @@ thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
 {extra}
 sys.exit(main())
 """
-FLAGS = ("--data wordproblems --questions 3 --samples 4 --max-tokens 10 --mini-batch 2 --learning-rate 1e-2 --teacher-reply 20 "
-         "--teacher-prompt 100 --max-prompt 100 --save-every 1 --eval-data wordproblems --eval-count 5").split()
+FLAGS = (
+    "--data wordproblems --questions 3 --samples 4 --max-tokens 10 --mini-batch 2 --learning-rate 1e-2 --teacher-reply 20 "
+    "--teacher-prompt 100 --max-prompt 100 --save-every 1 --eval-data wordproblems --eval-count 5"
+).split()
 
 
 def script(tmp_path, extra=""):
@@ -124,19 +151,37 @@ def metrics(run):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path, dtype):
     run = tmp_path / "run"
-    stops = ("os.environ.get('STOP') and setattr(Run, 'log', lambda self, m, *a, log=Run.log: "
-             "(log(self, m, *a), m['step'] == int(os.environ['STOP']) and os.kill(os.getpid(), signal.SIGTERM)))")
-    command = [script(tmp_path, stops),
-               "train", "--model", start, "--out", run, "--resume", "--dtype", dtype, "--steps", "6", *FLAGS]
+    stops = (
+        "os.environ.get('STOP') and setattr(Run, 'log', lambda self, m, *a, log=Run.log: "
+        "(log(self, m, *a), m['step'] == int(os.environ['STOP']) and os.kill(os.getpid(), signal.SIGTERM)))"
+    )
+    command = [
+        script(tmp_path, stops),
+        "train",
+        "--model",
+        start,
+        "--out",
+        run,
+        "--resume",
+        "--dtype",
+        dtype,
+        "--steps",
+        "6",
+        *FLAGS,
+    ]
     try:
         for processes, stop in ((1, "1"), (2, "3"), (1, "")):
             os.environ["STOP"] = stop
             status, output = torchrun(*command, processes=processes)
             assert status == 0, output
-            assert output.count("it fits") == 1 and "Traceback" not in output  # only the first process prints
+            assert (
+                output.count("it fits") == 1 and "Traceback" not in output
+            )  # only the first process prints
     finally:
         del os.environ["STOP"]
-    assert [m["step"] for m in metrics(run)] == list(range(6)) and all(m["active_share"] > 0 for m in metrics(run))
+    assert [m["step"] for m in metrics(run)] == list(range(6)) and all(
+        m["active_share"] > 0 for m in metrics(run)
+    )
     assert "eval_accuracy" in metrics(run)[-1]
     assert LM.load(run / "model").embed.weight.isfinite().all()
 
@@ -191,8 +236,18 @@ def test_two_processes_train_as_one_does(start, tmp_path, mini_batch):
 
 def test_the_death_of_one_process_ends_the_others(start, tmp_path):
     dies = "Run.log = lambda self, m, *a, log=Run.log: (log(self, m, *a), self.is_first or m['step'] and os.kill(os.getpid(), 9))"
-    status, output = torchrun(script(tmp_path, dies), "train", "--model", start, "--out", tmp_path / "run", "--steps", "500",
-                              *FLAGS, timeout=120)
+    status, output = torchrun(
+        script(tmp_path, dies),
+        "train",
+        "--model",
+        start,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "500",
+        *FLAGS,
+        timeout=120,
+    )
     assert status != 0
     assert "another process of this run has ended" in output or "Signal 9" in output
     assert len(metrics(tmp_path / "run")) < 10

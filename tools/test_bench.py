@@ -52,9 +52,15 @@ def test_an_unknown_part_is_a_usage_error(capsys):
     assert "choose from rollouts, update" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, said", [(["--repeats", "0"], "--repeats must be at least 1"),
-                                         (["--problems", "nowhere.jsonl"], "nowhere.jsonl"), (["--base", "nowhere"], "nowhere"),
-                                         (["--json", "/proc/nowhere/x"], "/proc/nowhere/x")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--base", "nowhere"], "nowhere"),
+        (["--json", "/proc/nowhere/x"], "/proc/nowhere/x"),
+    ],
+)
 def test_bad_input_is_told_before_anything_is_measured(flags, said, capsys, monkeypatch):
     monkeypatch.setattr(bench, "Bench", None)
     assert bench.main(flags) == 2
@@ -66,11 +72,39 @@ def test_bad_input_is_told_before_anything_is_measured(flags, said, capsys, monk
 def test_a_run_measures_every_part_of_a_shape(tmp_path, capsys):
     threads = torch.get_num_threads()
     path = tmp_path / "bench.json"
-    assert bench.main(["--shapes", "tiny", "--repeats", "1", "--threads", "1", "--no-startup", "--json", str(path)]) == 0
+    assert (
+        bench.main(
+            [
+                "--shapes",
+                "tiny",
+                "--repeats",
+                "1",
+                "--threads",
+                "1",
+                "--no-startup",
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
+    )
     torch.set_num_threads(threads)
     found = json.loads(path.read_text())
-    assert {"device", "torch", "date", "threads", "bytes_per_second", "flops_per_second"} <= found.keys()
+    assert {
+        "device",
+        "torch",
+        "date",
+        "threads",
+        "bytes_per_second",
+        "flops_per_second",
+    } <= found.keys()
     assert {r["part"] for r in found["results"]} == set(bench.PARTS)
-    assert len([r for r in found["results"] if r["part"] == "rollouts"]) == 3  # ours, a prompt a sample, no cache
-    assert all(r["share_of_floor"] == r["floor_s"] / r["median_s"] > 0 for r in found["results"] if "share_of_floor" in r)
+    assert (
+        len([r for r in found["results"] if r["part"] == "rollouts"]) == 3
+    )  # ours, a prompt a sample, no cache
+    assert all(
+        r["share_of_floor"] == r["floor_s"] / r["median_s"] > 0
+        for r in found["results"]
+        if "share_of_floor" in r
+    )
     assert "of the floor's speed" in capsys.readouterr().out

@@ -36,6 +36,7 @@ LONGEST = 30_000  # bytes of an input
 
 # What the harness itself must find, or a silent target would say nothing.
 
+
 def lets_an_error_through(data, directory):
     if data.startswith(b"=== a"):
         [][0]
@@ -56,24 +57,40 @@ def takes_memory(data, directory):
 
 def unpickles(data, directory):
     import pickle
+
     pickle.loads(b"cos\ngetpid\n(tR.")
 
 
-PLANTED = {lets_an_error_through: "IndexError", writes_elsewhere: "Escape: open", never_ends: "TooLong",
-           takes_memory: "out-of-memory", unpickles: "Escape: pickle.find_class"}
+PLANTED = {
+    lets_an_error_through: "IndexError",
+    writes_elsewhere: "Escape: open",
+    never_ends: "TooLong",
+    takes_memory: "out-of-memory",
+    unpickles: "Escape: pickle.find_class",
+}
 TARGETS = hostile.READERS | {f.__name__: (f, lambda: [b"=== a\n1"], 100) for f in PLANTED}
 
 
 def fuzz(name, *flags, **options):
     """A finished process that fuzzed one target."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
-        command = [sys.executable, __file__, "--in", os.path.realpath(home), name, "-seed=1", *flags]
+        command = [
+            sys.executable,
+            __file__,
+            "--in",
+            os.path.realpath(home),
+            name,
+            "-seed=1",
+            *flags,
+        ]
         return subprocess.run(command, cwd=HERE, **options)
 
 
 CAPTURED = dict(capture_output=True, text=True, errors="replace", timeout=1800)
-needs_atheris = pytest.mark.skipif(importlib.util.find_spec("atheris") is None or not hasattr(os, "fork"),
-                                   reason="atheris cannot be imported here: pip install -r requirements-dev.txt (Linux, CPython)")
+needs_atheris = pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None or not hasattr(os, "fork"),
+    reason="atheris cannot be imported here: pip install -r requirements-dev.txt (Linux, CPython)",
+)
 
 
 @pytest.mark.slow
@@ -84,7 +101,9 @@ def test_no_input_breaks_a_reader(name, tmp_path):
     done = fuzz(name, f"-runs={runs}", f"-artifact_prefix={tmp_path}/", **CAPTURED)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert f"Done {runs} runs" in done.stderr
-    assert int(re.findall(r"cov: (\d+)", done.stderr)[-1]) >= 12, "the code under test is not instrumented"
+    assert int(re.findall(r"cov: (\d+)", done.stderr)[-1]) >= 12, (
+        "the code under test is not instrumented"
+    )
 
 
 @pytest.mark.slow
@@ -92,7 +111,9 @@ def test_no_input_breaks_a_reader(name, tmp_path):
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda f: f.__name__)
 def test_the_harness_finds_what_is_planted(planted, tmp_path):
     done = fuzz(planted.__name__, "-runs=100", f"-artifact_prefix={tmp_path}/", **CAPTURED)
-    assert done.returncode != 0 and PLANTED[planted] in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
+    assert done.returncode != 0 and PLANTED[planted] in done.stdout + done.stderr, (
+        done.stdout + done.stderr
+    )[-3000:]
 
 
 @pytest.mark.parametrize("name", hostile.READERS)
@@ -115,8 +136,11 @@ def test_no_spoilt_value_breaks_a_reader(name, tmp_path_factory):
 def test_the_valid_inputs_are_valid(name, tmp_path, monkeypatch, capsys):
     """Or everything made from them would end at the same first complaint."""
     from teacher import parse_feedback
+
     reader, seeds, _ = hostile.READERS[name]
-    monkeypatch.setattr(hostile, "refusing", lambda read, *args: read(*args))  # what is refused fails
+    monkeypatch.setattr(
+        hostile, "refusing", lambda read, *args: read(*args)
+    )  # what is refused fails
     for seed in seeds():
         reader(seed, tmp_path / "x")
     assert "damaged" not in capsys.readouterr().err
@@ -124,6 +148,7 @@ def test_the_valid_inputs_are_valid(name, tmp_path, monkeypatch, capsys):
 
 
 # The process that fuzzes.
+
 
 class Escape(BaseException):
     """No Exception: no reader may catch it."""
@@ -139,6 +164,7 @@ def too_long(*_):
 
 def watch(home: str):
     """Raise Escape on whatever a reader of data has no business doing; it cannot be taken back."""
+
     def outside(path, dir_fd=-1):
         if not isinstance(path, (str, bytes, os.PathLike)):
             return False  # a file that is open already
@@ -146,20 +172,40 @@ def watch(home: str):
         return not os.path.realpath(os.path.join(at, os.fsdecode(path))).startswith(home)
 
     def on_event(event, args):
-        if event in ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect",
-                     "pickle.find_class"):
+        if event in (
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "os.fork",
+            "subprocess.Popen",
+            "socket.connect",
+            "pickle.find_class",
+        ):
             raise Escape(event)
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR) and outside(args[0])
-        removes = event in ("os.mkdir", "os.remove", "os.rmdir", "os.chmod") and outside(args[0], args[-1])
-        links = event in ("os.rename", "os.link", "os.symlink", "os.truncate") and any(map(outside, args[:2]))
+        writes = (
+            event == "open"
+            and isinstance(args[2], int)
+            and args[2] & (os.O_WRONLY | os.O_RDWR)
+            and outside(args[0])
+        )
+        removes = event in ("os.mkdir", "os.remove", "os.rmdir", "os.chmod") and outside(
+            args[0], args[-1]
+        )
+        links = event in ("os.rename", "os.link", "os.symlink", "os.truncate") and any(
+            map(outside, args[:2])
+        )
         if writes or removes or links:
             raise Escape(f"{event} {args[0]}")
+
     sys.addaudithook(on_event)
 
 
 def main(home, name, *flags):
     import atheris
-    with atheris.instrument_imports(include=["data", "files", "weights", "record", "report", "charts", "checkpoint", "teacher"]):
+
+    with atheris.instrument_imports(
+        include=["data", "files", "weights", "record", "report", "charts", "checkpoint", "teacher"]
+    ):
         from data import chat, reward, tokenizer  # noqa: F401
         from run import record  # noqa: F401
         from show import report  # noqa: F401
@@ -182,8 +228,18 @@ def main(home, name, *flags):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     inputs = [] if any(not flag.startswith("-") for flag in flags) else [str(home / "corpus")]
-    atheris.Setup([__file__, f"-max_len={LONGEST}", "-timeout=600", f"-rss_limit_mb={MEGABYTES}", *flags, *inputs], run,
-                  custom_mutator=mutate)
+    atheris.Setup(
+        [
+            __file__,
+            f"-max_len={LONGEST}",
+            "-timeout=600",
+            f"-rss_limit_mb={MEGABYTES}",
+            *flags,
+            *inputs,
+        ],
+        run,
+        custom_mutator=mutate,
+    )
     signal.signal(signal.SIGVTALRM, too_long)
     watch(str(home))
     atheris.Fuzz()
