@@ -1,8 +1,10 @@
-"""The teacher: who gets help, asking, parsing, augmenting, and the schedule: when the teacher leaves.
+"""The teacher: who gets help, asking, parsing, augmenting, and the schedule: when the teacher
+leaves.
 
-The teacher is any language model of the student's size, usually the student's own initial weights, frozen.
-It reads the question and the student's attempt, never the gold answer, and its words earn what they earn
-in the same reward. Student and teacher exchange text, never ids, so their tokenizers may differ.
+The teacher is any language model of the student's size, usually the student's own initial weights,
+frozen. It reads the question and the student's attempt, never the gold answer, and its words earn
+what they earn in the same reward. Student and teacher exchange text, never ids, so their tokenizers
+may differ.
 """
 
 from __future__ import annotations
@@ -98,9 +100,10 @@ def choose_rollouts(
 class Teacher:
     """A frozen LM that reads (question, attempt) and answers with feedback, decoded greedily.
 
-    `style` "exemplars" puts the system message and four worked exemplars before each request; "tag" is
-    the request alone, for the tiny model, which has read the format in pretraining. `tokenizer` is the
-    teacher's own: it makes the prompts and reads the replies. The model given is frozen in place.
+    `style` "exemplars" puts the system message and four worked exemplars before each request; "tag"
+    is the request alone, for the tiny model, which has read the format in pretraining. `tokenizer`
+    is the teacher's own: it makes the prompts and reads the replies. The model given is frozen in
+    place.
     """
 
     def __init__(
@@ -118,7 +121,8 @@ class Teacher:
         self.max_prompt = min(max_prompt, model.config.max_seq_len - max_tokens)
         if self.max_prompt < 1:
             raise ValueError(
-                f"the teacher's context of {model.config.max_seq_len} tokens has no room for a prompt "
+                f"the teacher's context of {model.config.max_seq_len} tokens has no room for a "
+                f"prompt "
                 f"beside a reply of {max_tokens}; lower --teacher-reply"
             )
         is_tiny = tokenizer.family == "wordproblems"
@@ -131,7 +135,9 @@ class Teacher:
             self.remember_exemplars()
 
     def remember_exemplars(self) -> None:
-        """Keep the keys and values of what every prompt begins with, because the weights never change."""
+        """Keep the keys and values of what every prompt begins with, because the weights never
+        change.
+        """
         self.prefix_ids = self.prompt("", "")  # an empty request has what every prompt begins with
         if len(self.prefix_ids) > self.max_prompt:
             raise ValueError(
@@ -141,7 +147,9 @@ class Teacher:
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
 
     def more_room(self) -> str:
-        """What makes room for the exemplars. `ask` has no flag for it, and gives the teacher all room."""
+        """What makes room for the exemplars. `ask` has no flag for it, and gives the teacher all
+        room.
+        """
         needed, context = len(self.prefix_ids), self.model.config.max_seq_len
         if needed < context - self.max_tokens:
             return f"raise --teacher-prompt well above {needed}"
@@ -171,8 +179,8 @@ class Teacher:
     def ask(self, questions: list[str], attempts: list[str]) -> list[str]:
         """The reply to each attempt as text, without its end token.
 
-        "" where the request was longer than max_prompt or the reply ran into max_tokens; `dropped` and
-        `cut` count these.
+        "" where the request was longer than max_prompt or the reply ran into max_tokens; `dropped`
+        and `cut` count these.
         """
         prompts = [self.prompt(q, o) for q, o in zip(questions, attempts, strict=True)]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.max_prompt]
@@ -208,7 +216,9 @@ class Teacher:
         return replies
 
     def feedback(self, questions: list[str], responses: list[str]) -> list[Feedback | None]:
-        """Ask about each response (without its end token) and parse; None where nothing valid came back."""
+        """Ask about each response (without its end token) and parse; None where nothing valid came
+        back.
+        """
         return [parse_feedback(reply) for reply in self.ask(questions, responses)]
 
 
@@ -227,10 +237,11 @@ def make_teacher(model: LM, tokenizer: Tokenizer, config: Config) -> Teacher:
 
 
 def parse_feedback(text: str) -> Feedback | None:
-    """The teacher's whole reply, without its end token; None unless it is the three tagged parts alone.
+    """The teacher's whole reply, without its end token; None unless it is the three tagged parts
+    alone.
 
-    Each tag must stand exactly once, so nothing that a student wrote, and the teacher quotes, can open or
-    close a part.
+    Each tag must stand exactly once, so nothing that a student wrote, and the teacher quotes, can
+    open or close a part.
     """
     parts, rest = [], text
     for tag in ("opinion", "reason", "phrase"):
@@ -251,9 +262,10 @@ def parse_feedback(text: str) -> Feedback | None:
 def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_tokens: int) -> bool:
     """Put ô_i in the place of o_i: the attempt, a blank line, the reason, a blank line, the phrase.
 
-    `tokenizer` is the student's. The ids that it sampled are kept, and the text becomes what all the ids
-    spell, because the reward must read what is trained. Nothing changes, and False comes back, where ô_i
-    is longer than max_tokens, or where the guidance holds a stop token: the response would end there.
+    `tokenizer` is the student's. The ids that it sampled are kept, and the text becomes what all
+    the ids spell, because the reward must read what is trained. Nothing changes, and False comes
+    back, where ô_i is longer than max_tokens, or where the guidance holds a stop token: the
+    response would end there.
     """
     attempt, end = rollout.response[:-1], rollout.response[-1:]
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"

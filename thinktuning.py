@@ -9,7 +9,7 @@ CPU core and from random weights, that GRPO does not find this habit and ThinkTu
 same code trains Llama and Qwen model directories.
 
     python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
-    python thinktuning.py --preset mentor    the novelty test: a habit the student hardly ever samples
+    python thinktuning.py --preset mentor    the novelty test: a habit that is hardly ever sampled
     python thinktuning.py train --model DIR --data gsm8k
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
@@ -196,7 +196,7 @@ def share_of_help(step: int, steps: int, config: Config) -> float:
 
 
 def reward(rollout: Rollout) -> float:
-    """1 if the response finished and its last final answer is right. A wrong teacher earns nothing."""
+    """1 if it finished and its last final answer is right. A wrong teacher earns nothing."""
     return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
@@ -221,7 +221,7 @@ def loss_settings(config: Config) -> LossSettings:
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is: the teacher's model where that is the same function."""
+    """A frozen copy of the student as it is, or the teacher's model where that is the same."""
     if teacher is not None and student.config == teacher.model.config:
         ours, theirs = student.state_dict(), teacher.model.state_dict()
         if ours.keys() == theirs.keys() and all(same(x, theirs[k]) for k, x in ours.items()):

@@ -1,18 +1,23 @@
-"""Files that a stranger may have written: only those that really lie in their directory are opened, and JSON is bounded."""
+"""Files that a stranger may have written: only those that really lie in their directory are opened,
+and JSON is bounded.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-DEEPEST = 50  # levels of brackets; Python's own limit would fail only later, where the value is written or shown
+# levels of brackets; Python's own limit would fail only later, where the value is written or shown
+DEEPEST = 50
 
 
 def regular(path) -> Path:
-    """`path` itself, a file of its directory. Raises FileNotFoundError if it is no file, ValueError if it is a link to elsewhere.
+    """`path` itself, a file of its directory. Raises FileNotFoundError if it is no file, ValueError
+    if it is a link to elsewhere.
 
-    A link could make the program show, or copy beside the weights that it saves, a file of the reader's own. One layout
-    of links is what it seems: a hub's cache keeps snapshots/REVISION/FILE as a link to blobs/HASH.
+    A link could make the program show, or copy beside the weights that it saves, a file of the
+    reader's own. One layout of links is what it seems: a hub's cache keeps snapshots/REVISION/FILE
+    as a link to blobs/HASH.
     """
     path = Path(path)
     if not path.is_file():  # also keeps out devices and pipes, which might never end
@@ -41,7 +46,9 @@ def read_json(path) -> dict:
 
 
 def parse_json(text: str | bytes):
-    """The value of a JSON text; ValueError where it is none, or holds a number too long or brackets too deep."""
+    """The value of a JSON text; ValueError where it is none, or holds a number too long or brackets
+    too deep.
+    """
     try:
         value = json.loads(text)
     except RecursionError:

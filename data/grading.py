@@ -53,7 +53,7 @@ class Grader:
             used += f"; {self.math_verify.given_up} comparisons left to the built-in one alone"
         return used
 
-    def close(self):
+    def close(self) -> None:
         if self.math_verify is not None:
             self.math_verify.close()
 
@@ -114,7 +114,7 @@ class MathVerify:
                 "shows why; mend it; or, in eval, give --grader builtin"
             )
 
-    def close(self):
+    def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 

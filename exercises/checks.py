@@ -2,8 +2,9 @@
 
     python exercises/1_group_advantages.py       checks one file; `main` below
 
-A check returns None for a right solution and otherwise one message. Where a wrong result is the very one that a usual slip gives,
-the message names the slip; else it shows the first case that differs.
+A check returns None for a right solution and otherwise one message. Where a wrong result is the
+very one that a usual slip gives, the message names the slip; else it shows the first case that
+differs.
 """
 
 import importlib.util
@@ -42,7 +43,9 @@ SOLUTIONS = SimpleNamespace(  # the program's own functions
 
 
 def main(file):
-    """Check one exercise's file, say what came of it, and leave with status 1 if it is not right yet."""
+    """Check one exercise's file, say what came of it, and leave with status 1 if it is not right
+    yet.
+    """
     message = verdict(load(file))
     print(f"{Path(file).name}: {message or 'right'}")
     sys.exit(message is not None)
@@ -56,14 +59,17 @@ def load(file):
 
 
 def verdict(exercise):
-    """None if the functions of an exercise (a module, or anything that has them) are right, else what is wrong with the first."""
+    """None if the functions of an exercise (a module, or anything that has them) are right, else
+    what is wrong with the first.
+    """
     for name, check in CHECKS.items():
         if solution := getattr(exercise, name, None):
             try:
                 message = check(solution)
             except NotImplementedError as error:
                 message = f"not filled in yet: {error}"
-            except Exception as error:  # whatever a first attempt may raise: its author needs the name and the line
+            # whatever a first attempt may raise: its author needs the name and the line
+            except Exception as error:
                 message = f"stops with {type(error).__name__}: {error}{line_of(error, solution)}"
             if message:
                 return f"{name} {message}"

@@ -1,4 +1,6 @@
-"""What stands around the training loop: where it begins, when it ends, what it writes. Nothing of the method is here."""
+"""What stands around the training loop: where it begins, when it ends, what it writes. Nothing of
+the method is here.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ class Loop:
             yield from parts
 
     def generator(self, step: int) -> torch.Generator:
-        """A step's random numbers for sampling. They depend on nothing before, so a resumed run has them too."""
+        """A step's random numbers for sampling. They depend on nothing before, so a resumed run has
+        them too.
+        """
         rank = self.world.rank
         seed = f"sampling {self.config.seed} {step}" + (f" {rank}" if rank else "")
         return torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
@@ -129,7 +133,9 @@ class Loop:
         self.check_gradients()
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is done after this one."""
+        """Whether something that is done every so many steps, and at the end, is done after this
+        one.
+        """
         return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
 
     def signalled(self) -> bool:
@@ -142,7 +148,8 @@ class Loop:
             return
         loss, norm = recent[-1]["loss"], recent[-1]["grad_norm"]
         raise RunFailed(
-            f"{FAULTS} steps in a row had a gradient that is not finite (loss {loss:.3g}, gradient norm "
+            f"{FAULTS} steps in a row had a gradient that is not finite (loss {loss:.3g}, "
+            f"gradient norm "
             f"{norm:.3g}), and nothing was learned in them: start anew with a lower learning rate "
             "(of train: --learning-rate, another --out)"
         )
@@ -151,7 +158,9 @@ class Loop:
 def questions_of_step(
     problems: Sequence[Problem], size: int, seed: int, step: int
 ) -> list[Problem]:
-    """A step's questions. Every problem comes once before any comes again, each epoch in its own order."""
+    """A step's questions. Every problem comes once before any comes again, each epoch in its own
+    order.
+    """
     n, batch, orders = len(problems), [], {}
     for place in range(step * size, (step + 1) * size):
         epoch, position = divmod(place, n)
@@ -162,11 +171,12 @@ def questions_of_step(
 
 
 def warn_if_unparsed(teacher: Any, history: Sequence[Metrics]) -> None:
-    """Warn when almost none of the teacher's replies can be parsed: such a teacher teaches nothing."""
+    """Warn when almost none of the teacher's replies can be parsed, because it teaches nothing."""
     asked = sum(metrics["teacher_asked"] for metrics in history)
     parsed = sum(metrics["teacher_parsed"] for metrics in history)
     if asked and parsed < asked / 10:
         print(
-            f"{parsed} of the teacher's {asked} replies followed the format; {teacher.cut} ran into "
+            f"{parsed} of the teacher's {asked} replies followed the format; {teacher.cut} ran "
+            f"into "
             f"--teacher-reply, {teacher.dropped} requests were longer than --teacher-prompt"
         )

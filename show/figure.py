@@ -1,6 +1,7 @@
-"""The picture in the README: how many of the student's rollouts reflect, step by step, in the demonstration.
+"""The picture in the README: how many of the student's rollouts reflect, step by step, in the
+demonstration.
 
-    python -m show.figure           draw docs/figures/demonstration.svg from results/curves-seed0.json
+    python -m show.figure    draw docs/figures/demonstration.svg from results/curves-seed0.json
     python -m show.figure out/demo-0       take the curves from that demonstration first
 
 The colours follow the reader's light or dark scheme. The background belongs to the picture, because
@@ -22,7 +23,8 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 438, 92, 264  # of the plot
 
 STYLE = """
 svg { --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d8dee4; --help: #eef1f4;
-      --ours: #0757ba; --grpo: #a04100; font: 16px system-ui, -apple-system, "Segoe UI", sans-serif }
+      --ours: #0757ba; --grpo: #a04100;
+      font: 16px system-ui, -apple-system, "Segoe UI", sans-serif }
 @media (prefers-color-scheme: dark) {
   svg { --paper: #0d1117; --ink: #f0f6fc; --soft: #a5adb6; --rule: #30363d; --help: #1c222b;
         --ours: #6cb6ff; --grpo: #f0a35e }
@@ -37,7 +39,9 @@ text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) }
 
 
 def curves_of(run: Path) -> dict[str, list[float]]:
-    """What the picture needs of a demonstration: each step's share of rollouts that reflect, and p_s."""
+    """What the picture needs of a demonstration: each step's share of rollouts that reflect, and
+    p_s.
+    """
     metrics = {}
     for method in ("grpo", "thinktuning"):
         lines = (run / method / "metrics.jsonl").read_text().splitlines()
@@ -64,9 +68,11 @@ def description(curves: dict[str, list[float]]) -> str:
     """The picture in words, for those who do not see it."""
     ours, grpo, leaves = curves["thinktuning"], curves["grpo"], teacher_leaves(curves)
     return (
-        f"Line chart of the share of sampled rollouts that reflect, over {len(ours)} training steps. "
+        f"Line chart of the share of sampled rollouts that reflect, over {len(ours)} training "
+        f"steps. "
         f"ThinkTuning: {ours[0]:.0%} at first, {ours[leaves]:.0%} when the teacher leaves at step "
-        f"{leaves}, {ours[-1]:.0%} at the end. GRPO: {grpo[0]:.0%} at first, {grpo[-1]:.0%} at the end."
+        f"{leaves}, {ours[-1]:.0%} at the end. GRPO: {grpo[0]:.0%} at first, {grpo[-1]:.0%} at "
+        f"the end."
     )
 
 
@@ -85,7 +91,8 @@ def draw(curves: dict[str, list[float]]) -> str:
 
     title, off = finding(curves), teacher_leaves(curves)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="700" height="400"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="700" '
+        f'height="400"'
         f' role="img" aria-labelledby="title told"><title id="title">{title}</title>'
         f'<desc id="told">{description(curves)}</desc><style>{STYLE}</style>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>',

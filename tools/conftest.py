@@ -1,4 +1,6 @@
-"""Loaded before any test (pyproject.toml names this folder): one thread is fastest for tensors as small as the tests'."""
+"""Loaded before any test (pyproject.toml names this folder): one thread is fastest for tensors as
+small as the tests'.
+"""
 
 import os
 
