@@ -91,7 +91,7 @@ class LM(nn.Module):
         units = B * T * self.config.n_layers * self.config.ffn_dim
         recompute_ffn = training and units >= RECOMPUTE_FROM
         for i, layer in enumerate(self.layers):
-            attend_here = attend and partial(attend, i)
+            attend_here = None if attend is None else partial(attend, i)
             if self.recompute and training:
                 x = again_in_backward(layer, x, rope, attend_here)
             else:
