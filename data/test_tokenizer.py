@@ -868,6 +868,20 @@ fragments = st.sampled_from(
 @example(
     added=[("\n", {"special": False, "lstrip": True, "rstrip": True})], texts=["a\n\n\nb", "a\n \n"]
 )
+@example(  # the same after NFC, and only the first has to be a word of its own
+    added=[
+        ("\u00e9", {"special": False, "normalized": True, "single_word": True}),
+        ("e\u0301", {"special": False, "normalized": True}),
+    ],
+    texts=["a\u00e91", "e\u0301 b"],
+)
+@example(
+    added=[
+        ("\u00e9", {"special": False, "normalized": True}),
+        ("e\u0301", {"special": True, "normalized": True}),
+    ],
+    texts=["a\u00e91", "e\u0301 b"],
+)
 def test_added_tokens_are_found_where_the_library_finds_them(small, tmp_path, layout, added, texts):
     reference = tokenizers.Tokenizer.from_str(small[layout][1].to_str())
     reference.add_tokens([AddedToken(text, **its_flags) for text, its_flags in added])

@@ -57,9 +57,11 @@ class Tokenizer:
         self._before_nfc = Finder(
             {text: token for text, token in self._added.items() if not token.normalized}
         )
-        self._after_nfc = Finder(
-            {self._normal(text): token for text, token in self._added.items() if token.normalized}
-        )
+        after_nfc: dict[str, Added] = {}
+        for text, token in self._added.items():
+            if token.normalized:  # of two that NFC makes the same, the library takes the first
+                after_nfc.setdefault(self._normal(text), token)
+        self._after_nfc = Finder(after_nfc)
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
         self.vocab_size = max(self._pieces) + 1
         ranks = {vocabulary.pieces[i]: rank for rank, i in enumerate(vocabulary.ranked)}

@@ -16,9 +16,7 @@ Fill the gap, then run this file: python exercises/4_ppo_clip.py
 
 def clipped_loss(ratio, advantages, clip=0.2, dual_clip=3.0):
     """ratio ρ (B, T), advantages Â (B, 1) or (B, T) -> the loss of every token (B, T)."""
-    raise NotImplementedError(
-        "your turn: the larger of two losses, bounded where the advantage is negative"
-    )
+    raise NotImplementedError("your turn: the larger of two losses, bounded where Â < 0")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ def augment(rollout, feedback, tokenizer, max_tokens):
     the index in the new response where the teacher's ids begin; rollout.old_logprobs: set it to
     None. feedback.reason, feedback.phrase: str. tokenizer.encode(text) -> list of ids.
     """
-    raise NotImplementedError(
-        "your turn: put the teacher's words between the attempt and its end token"
-    )
+    raise NotImplementedError("your turn: the teacher's words between attempt and end token")
 
 
 if __name__ == "__main__":

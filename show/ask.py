@@ -97,7 +97,7 @@ def shown_feedback(teacher, question: str, attempt: str) -> str:
     elif teacher.cut:
         why = f"its reply is longer than {teacher.max_tokens} tokens"
     else:
-        why = "its reply has not the asked form"
+        why = "its reply did not follow the format"
     return f"no feedback from the teacher: {why}"
 
 
