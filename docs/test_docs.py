@@ -93,7 +93,7 @@ def test_every_link_leads_where_it_says(page):
 
 def test_wrong_links_are_found_and_right_ones_are_not():
     page = ROOT / "docs" / "memory.md"
-    for right in ("[a](reading.md#5-reward)", "[a](https://nowhere.example)", "[a](../grpo.py)"):
+    for right in ("[a](reading.md#6-reward)", "[a](https://nowhere.example)", "[a](../grpo.py)"):
         assert complaints(page, right) == []
     for right in ("[`grpo.update`](../grpo.py)", "[`teacher.Teacher.feedback`](../teacher.py)"):
         assert complaints(page, right) == []
