@@ -848,7 +848,7 @@ def test_loading_needs_the_model_and_its_largest_tensor_and_no_more(tmp_path):
     assert size > 1e9 and growth < 1.15 * size, (size, growth)
 
 
-# ------------------------------------------------------------------ the README's table
+# ------------------------------------------------------------------ parity with transformers
 
 
 WIDE = dict(

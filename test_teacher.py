@@ -45,7 +45,7 @@ LLAMA3_MARKERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 QWEN_MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-# ------------------------------------------------------------------ the schedule (METHOD section 5)
+# ------------------------------------------------------------------ the schedule
 
 
 def reference_fraction(step, total, shape, p_init=0.1, p_min=0.01, eps=0.05):
@@ -893,7 +893,7 @@ def test_asking_a_teacher_of_another_family_shows_it_the_students_words(
     )
 
 
-# ------------------------------------------------------------------ the exemplars (METHOD section 4)
+# ------------------------------------------------------------------ the exemplars
 
 
 @pytest.mark.parametrize(

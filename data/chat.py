@@ -61,7 +61,7 @@ SPEAKER_TAGS = {
     "user": "<|question|>",
     "assistant": "<|student|>",
     "teacher": "<|teacher|>",
-    "mentor": "<|mentor|>",
+    "narrator": "<|narrator|>",
 }
 BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
 
@@ -92,7 +92,7 @@ FAMILIES = {
     ),
     "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
     "wordproblems": Family(
-        BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "mentor"), wordproblems_chat
+        BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "narrator"), wordproblems_chat
     ),
 }
 

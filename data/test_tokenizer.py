@@ -1074,7 +1074,7 @@ def test_builtin_special_tokens_follow_the_ranks(builtin, tmp_path):
         ("<|question|>", 265),
         ("<|student|>", 266),
         ("<|teacher|>", 267),
-        ("<|mentor|>", 268),
+        ("<|narrator|>", 268),
         ("<|end|>", 269),
     ]
     assert (builtin.family, builtin.vocab_size, builtin.stop) == ("wordproblems", 270, {269})
@@ -1110,14 +1110,16 @@ def test_builtin_is_lossless_and_keeps_numbers_bare(builtin, text):
 def test_builtin_render(builtin):
     messages = [
         {"role": role, "content": role[0]}
-        for role in ("system", "user", "assistant", "teacher", "mentor")
+        for role in ("system", "user", "assistant", "teacher", "narrator")
     ]
     assert builtin.decode(builtin.render(messages)) == (
-        "<|question|>u<|student|>a<|end|><|teacher|>t<|end|><|mentor|>m<|end|><|student|>"
+        "<|question|>u<|student|>a<|end|><|teacher|>t<|end|><|narrator|>n<|end|><|student|>"
     )
-    assert builtin.render(messages[:2], reply_as="mentor") == [265, ord("u"), 268]
+    assert builtin.render(messages[:2], reply_as="narrator") == [265, ord("u"), 268]
     assert builtin.render([], reply_as="teacher") == [267]
-    with pytest.raises(ValueError, match="reply as assistant or teacher or mentor, not as 'user'"):
+    with pytest.raises(
+        ValueError, match="reply as assistant or teacher or narrator, not as 'user'"
+    ):
         builtin.render([], reply_as="user")
 
 

@@ -136,7 +136,7 @@ def problems(split: str, count: int | None = None) -> list[Problem]:
 
 
 # What the base model reads. The student's prompt is <|question|>…<|student|>; the teacher's is the
-# question, the attempt and <|teacher|>. A third role, <|mentor|>, reflects and tells stories. Its
+# question, the attempt and <|teacher|>. A third role, <|narrator|>, reflects and tells stories. Its
 # tag is in no prompt of student or teacher.
 
 WORDING = {  # behaviour: (opinion, reason, how the phrase begins)
@@ -193,7 +193,7 @@ def student_row(rng, story, floor):
 def remark_row(rng, story):
     """How a student's text goes on after the answer, if it does.
 
-    Few of the student's other texts go on. Without these it would go on as the mentor does.
+    Few of the student's other texts go on. Without these it would go on as the narrator does.
     """
     begun = answer_sentence(counts(story)[-1]) + "\n\n"
     return Text(
@@ -216,15 +216,17 @@ def transcript_row(rng, story):
     first, is_right = attempt(rng, story, right=0.4)
     _, reason, phrase = reflection(rng, story, is_right)
     return Text(
-        [{"role": "user", "content": question(story)}], "mentor", f"{first}\n\n{reason}\n\n{phrase}"
+        [{"role": "user", "content": question(story)}],
+        "narrator",
+        f"{first}\n\n{reason}\n\n{phrase}",
     )
 
 
 def ledger_row(rng, story):
-    # The prompt has no question, because the mentor tells the story itself. So no text has a
+    # The prompt has no question, because the narrator tells the story itself. So no text has a
     # derivation directly after a question and a tag. The student's prompt differs from the
-    # mentor's only in the tag, and it must not produce a derivation by chance.
-    return Text([], "mentor", f"{question(story)} {derivation(story)}")
+    # narrator's only in the tag, and it must not produce a derivation by chance.
+    return Text([], "narrator", f"{question(story)} {derivation(story)}")
 
 
 def write_vocabulary(path) -> None:

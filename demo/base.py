@@ -69,7 +69,7 @@ READS = (
     "(left out at --floor 0)",
     "{teacher_rows} teacher texts: a question, somebody's attempt (40% right), "
     "then opinion (20% mistaken), reason, phrase",
-    "{transcript_rows} mentor transcripts: an attempt (40% right) and the reflection on it, "
+    "{transcript_rows} narrator transcripts: an attempt (40% right) and the reflection on it, "
     "as one text of a third role",
     "{ledger_rows} worked ledgers: that third role tells a problem of 1 to 6 operations itself "
     "and works it out",

@@ -1,12 +1,14 @@
-"""Fuzzing: readers of files and of model output get spoilt inputs, chosen by the code that they reach (atheris, libFuzzer).
+"""Fuzzing: readers of files and of model output get spoilt inputs, chosen by the code that they
+reach (atheris, libFuzzer).
 
-Each reader runs in a process of its own, from the valid inputs in hostile.py, for a fixed number of runs with a fixed seed.
-A finding is anything that the reader lets through or says wrongly (see hostile.py), SECONDS of computing, memory beyond
-MEGABYTES, a file written outside the input's directory, a process, a connection, or anything unpickled.
+Each reader runs in a process of its own, from the valid inputs in hostile.py, for a fixed number of
+runs with a fixed seed. A finding is anything that the reader lets through or says wrongly (see
+hostile.py), SECONDS of computing, memory beyond MEGABYTES, a file written outside the input's
+directory, a process, a connection, or anything unpickled.
 
-    python -m pytest -q -m slow test_fuzz.py                    all of them, as CI does
-    python test_fuzz.py model -max_total_time=600 -seed=7       one for ten minutes; a finding is kept as crash-HASH
-    python test_fuzz.py model crash-HASH                        that one input again
+    python -m pytest -q -m slow tools/test_fuzz.py    all of them, as CI does
+    python -m tools.test_fuzz model -max_total_time=600 -seed=7    one, for ten minutes
+    python -m tools.test_fuzz model crash-HASH                     an input that was found, again
 """
 
 import importlib.util
@@ -76,7 +78,8 @@ def fuzz(name, *flags, **options):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
         command = [
             sys.executable,
-            __file__,
+            "-m",
+            "tools.test_fuzz",
             "--in",
             os.path.realpath(home),
             name,
@@ -203,9 +206,8 @@ def watch(home: str):
 def main(home, name, *flags):
     import atheris
 
-    with atheris.instrument_imports(
-        include=["data", "files", "weights", "record", "report", "charts", "checkpoint", "teacher"]
-    ):
+    with atheris.instrument_imports(include=["data", "run", "show", "teacher"]):
+        import teacher  # noqa: F401
         from data import chat, reward, tokenizer  # noqa: F401
         from run import record  # noqa: F401
         from show import report  # noqa: F401

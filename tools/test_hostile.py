@@ -26,7 +26,7 @@ needs_fork = pytest.mark.skipif(
 )
 MB = 1_000_000
 
-# Bytes of memory for a byte of input, beyond 32 MB: the README's table.
+# Bytes of memory for a byte of input, beyond 32 MB: the table of docs/security.md.
 MULTIPLES = {"problems": 40, "tokenizer": 60, "model": 40, "report": 60}
 
 
