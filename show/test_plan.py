@@ -174,7 +174,7 @@ from run.config import Config
 from grpo import MasterAdamW, Rollout, update
 from model import LM
 from show.plan import Sizes, memory, peak
-from test_plan import SMALL
+from show.test_plan import SMALL
 
 torch.set_num_threads(1)
 dtype, micro_batch, recompute = getattr(torch, sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "recompute"
@@ -204,7 +204,7 @@ from tools.bench import status
 from model import LM
 from sampler import generate, prefill
 from show.plan import generation
-from test_plan import SMALL
+from show.test_plan import SMALL
 
 torch.set_num_threads(1)
 prompts, samples, prompt, reply, exemplars = map(int, sys.argv[1:])
