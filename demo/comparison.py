@@ -52,6 +52,8 @@ def demonstrate(setup: Setup):
         f"\n{total:.0f} s in all ({spent}); models, metrics and transcripts are in {out}/, "
         f"{out}/report.html shows them"
     )
+    if setup.quick:
+        print("a quick run only checks that everything runs: it is too short to show anything")
 
 
 # These are shared with the novelty test.

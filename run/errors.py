@@ -22,6 +22,9 @@ def run_command(prepare, args) -> int:
 def prepared_and_run(prepare, args) -> int:
     try:
         job = prepare(args)
+    except KeyboardInterrupt:
+        print("\nstopped before it began: nothing was saved", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         return complain(error, 2)
     except RuntimeError as error:

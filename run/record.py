@@ -165,8 +165,13 @@ def earlier_settings(path: Path, resume: bool) -> dict:
     if (path / "metrics.jsonl").exists() and not resume:
         go_on = "" if steps_without_checkpoint(path) else "continue it with --resume, or "
         raise ValueError(f"{path} already holds a run: {go_on}give another directory with --out")
+    if not resume:
+        return {}
     stored = path / "config.json"
-    return read_json(stored) if resume and stored.exists() else {}
+    if stored.exists():
+        return read_json(stored)
+    print(f"{path} holds no run: a new one begins, with the flags as given")
+    return {}
 
 
 def steps_without_checkpoint(path: Path) -> int:
