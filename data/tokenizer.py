@@ -59,7 +59,7 @@ class Tokenizer:
         )
         after_nfc: dict[str, Added] = {}
         for text, token in self._added.items():
-            if token.normalized:  # of two that NFC makes the same, the library takes the first
+            if token.normalized:  # the first counts of two that NFC makes the same
                 after_nfc.setdefault(self._normal(text), token)
         self._after_nfc = Finder(after_nfc)
         self._pieces = vocabulary.pieces | {i: text.encode() for text, i in self.special.items()}
