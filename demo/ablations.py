@@ -6,11 +6,11 @@ import random
 import time
 from dataclasses import replace
 
-from data import load_problems, wordproblems
+from data import wordproblems
 from data.reward import answers
 from data.scores import mean_and_se
 from demo.base import Setup, base_model
-from demo.comparison import examine, train_one
+from demo.comparison import examine, held_out_problems, train_one
 from run.config import DEMO
 from run.record import write_json
 from run.screen import progress
@@ -106,7 +106,7 @@ def ablate(setup: Setup, which, repeats):
     """Train every variant `repeats` times from one base model, and print how each did."""
     # A learning rate is chosen by its result, so its problems must not be the test problems.
     split = "validation" if which == "rates" else "test"
-    problems = load_problems("wordproblems", split)
+    problems = held_out_problems(setup, split)
     base, _ = base_model(setup)
     path = setup.out / f"ablate-{which}.json"
     rows = {}

@@ -65,8 +65,8 @@ def remove_old_results(out):
         (out / name).unlink(missing_ok=True)
 
 
-def held_out_problems(setup: Setup):
-    problems = load_problems("wordproblems", "test")
+def held_out_problems(setup: Setup, split: str = "test"):
+    problems = load_problems("wordproblems", split)
     return problems[:50] if setup.quick else problems
 
 
