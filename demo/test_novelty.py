@@ -27,7 +27,7 @@ TOKENIZER = Tokenizer.builtin()
 def test_wherever_somebody_reflects_the_mentor_is_quoted_once_and_nowhere_else():
     recipe, rng = dict(demo.base.RECIPE, seed=0, floor=0.5), random.Random(0)
     reasons = [reason for _, reason, _ in wordproblems.WORDING.values()]
-    told = {role: 0 for role in ("student", "teacher", "mentor")}
+    told = {role: 0 for role in ("student", "teacher", "narrator")}
     for step in range(30):
         for prompt, response, _ in demo.base.rows_of_step(recipe, step, rng, TOKENIZER):
             before, after = (
@@ -54,7 +54,7 @@ def test_wherever_somebody_reflects_the_mentor_is_quoted_once_and_nowhere_else()
     assert told == {
         "student": 0,
         "teacher": 30 * recipe["teacher_rows"],
-        "mentor": 30 * recipe["transcript_rows"],
+        "narrator": 30 * recipe["transcript_rows"],
     }
 
 

@@ -374,7 +374,9 @@ def test_ctrl_c_from_outside(tmp_path):
     model, tokenizer = tiny()
     model.save(tmp_path / "model", tokenizer)
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A shell's background jobs ignore SIGINT, and so would this process.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from show import ask\n"
         "def generate(model, prompts, *, on_step, **options):\n"
         "    print('ready', flush=True); time.sleep(60)\n"
