@@ -2,7 +2,7 @@
 
 Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time,
 Â the advantage, ρ = π_θ/π_old, w the weight of guided tokens, γ(Â) its coefficient,
-sg(·) stop-gradient. A *guided* token is one that the student did not write.
+sg(·) stop-gradient. A *guided* token is one that counts as the teacher's.
 Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss; D model width,
 V vocabulary. In this order: advantages, loss, update, log-probabilities, batches, optimizer.
 """
@@ -262,7 +262,8 @@ def update(
     sums = []  # (metric, sum, over how many tokens) of each pass
     for batch in batches:
         losses, measured = batch_losses(model, batch, settings, reference, head_grad)
-        (losses.sum() / total * world.size).backward()  # FSDP takes the mean over the processes
+        mean = losses.sum() / total  # token mean: over all tokens of the mini-batch
+        (mean * world.size).backward()  # FSDP takes the mean over the processes
         for name, (values, where) in measured.items():
             sums.append((name, (values * where).sum().item(), int(where.sum())))
     model.embed.sparse = False
