@@ -48,6 +48,8 @@ from sampler import RECORDER, generate, prefill
 from teacher import make_teacher
 from thinktuning import train
 
+HOME = Path(__file__).resolve().parents[1]  # where the program is
+
 
 def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more):
     return dict(
@@ -376,8 +378,9 @@ class Bench:
             "--dtype",
             str(self.dtype).removeprefix("torch."),
         ]
-        command = [sys.executable, __file__, "--peak", name, *settings]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [sys.executable, "-m", "tools.bench", "--peak", name, *settings]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HOME)
+        return int(done.stdout)
 
     def teacher(self, shape):
         """16 requests of 100 tokens answered with 64, behind 1,500 tokens of exemplars or none."""
@@ -455,7 +458,7 @@ class Bench:
     def startup(self):
         def run(*arguments):
             return lambda: subprocess.run(
-                [sys.executable, *arguments], check=True, capture_output=True
+                [sys.executable, *arguments], check=True, capture_output=True, cwd=HOME
             )
 
         seconds = self.times(
