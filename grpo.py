@@ -88,7 +88,10 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss over the tokens in `mask`, and metrics, by token_losses. options: LossSettings."""
+    """Mean loss over the tokens in `mask`, and metrics. options: LossSettings.
+
+    For tests and exercises: training calls token_losses through update.
+    """
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
     losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)

@@ -135,9 +135,7 @@ class Teacher:
             self.remember_exemplars()
 
     def remember_exemplars(self) -> None:
-        """Keep the keys and values of what every prompt begins with, because the weights never
-        change.
-        """
+        """Keep the exemplars' keys and values, because the weights never change."""
         self.prefix_ids = self.prompt("", "")  # an empty request has what every prompt begins with
         if len(self.prefix_ids) > self.max_prompt:
             raise ValueError(
@@ -147,9 +145,7 @@ class Teacher:
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
 
     def more_room(self) -> str:
-        """What makes room for the exemplars. `ask` has no flag for it, and gives the teacher all
-        room.
-        """
+        """What makes room for the exemplars; `ask` has no flag and gives the teacher all room."""
         needed, context = len(self.prefix_ids), self.model.config.max_seq_len
         if needed < context - self.max_tokens:
             return f"raise --teacher-prompt well above {needed}"
@@ -216,9 +212,7 @@ class Teacher:
         return replies
 
     def feedback(self, questions: list[str], responses: list[str]) -> list[Feedback | None]:
-        """Ask about each response (without its end token) and parse; None where nothing valid came
-        back.
-        """
+        """Ask about each response (without its end token); None where no valid reply came."""
         return [parse_feedback(reply) for reply in self.ask(questions, responses)]
 
 

@@ -109,11 +109,9 @@ def train(
         transcribe=transcribe,
     ) as loop:
         for step, questions in loop:
-            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q. The policy is the
-            #    student as it is now.
-            rollouts = sample_rollouts(
-                loop.policy, tokenizer, questions, config, loop.generator(step)
-            )
+            policy = loop.policy  # π_old: the student as it is until the update
+            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
+            rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
             # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
             p_s = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
             chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
@@ -133,7 +131,7 @@ def train(
             set_advantages(rollouts, config.samples)
             # 8. Update: log π_old of the augmented rollouts, then the loss and an AdamW step for
             #    each mini-batch.
-            snapshot(loop.policy, rollouts, config.micro_batch, config.temperature)
+            snapshot(policy, rollouts, config.micro_batch, config.temperature)
             updates = []
             for batch in loop.mini_batches(rollouts):
                 updates.append(

@@ -1,5 +1,6 @@
-"""Files that a stranger may have written: only those that really lie in their directory are opened,
-and JSON is bounded.
+"""Files that a stranger may have written.
+
+Only those that really lie in their directory are opened, and JSON is bounded.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ def read_json(path) -> dict:
 
 
 def parse_json(text: str | bytes):
-    """The value of a JSON text; ValueError where it is none, or holds a number too long or brackets
-    too deep.
-    """
+    """The value of a JSON text. ValueError: it is none, or a number or its nesting is too long."""
     try:
         value = json.loads(text)
     except RecursionError:

@@ -8,9 +8,7 @@ INSTRUCTION = "Think step by step and put the final answer within \\boxed{}."
 
 
 def student_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
-    """What the student sees, in training and in evaluation: the question, and for a real model the
-    answer's format.
-    """
+    """What the student sees: the question, and for a real model the answer's format."""
     content = question if tokenizer.family == "wordproblems" else f"{question} {INSTRUCTION}"
     return tokenizer.render([{"role": "user", "content": content}])
 

@@ -43,9 +43,7 @@ SOLUTIONS = SimpleNamespace(  # the program's own functions
 
 
 def main(file):
-    """Check one exercise's file, say what came of it, and leave with status 1 if it is not right
-    yet.
-    """
+    """Check one exercise's file and say what came of it; status 1 if it is not right yet."""
     message = verdict(load(file))
     print(f"{Path(file).name}: {message or 'right'}")
     sys.exit(message is not None)
@@ -59,9 +57,7 @@ def load(file):
 
 
 def verdict(exercise):
-    """None if the functions of an exercise (a module, or anything that has them) are right, else
-    what is wrong with the first.
-    """
+    """None if an exercise's functions are right, else what is wrong with the first."""
     for name, check in CHECKS.items():
         if solution := getattr(exercise, name, None):
             try:

@@ -4,8 +4,9 @@ import torch
 
 
 def compare(solution, right, cases, slips, parts, close=1e-5):
-    """Hold tensors or tuples of tensors, named by `parts`, against `right`'s, case by case. slips:
-    {hint: wrong function}.
+    """Hold tensors or tuples of them, named by `parts`, against `right`'s, case by case.
+
+    slips: {hint: wrong function}.
     """
     for case in cases:
         found, expected = as_tuple(solution(*clone(case))), as_tuple(right(*clone(case)))

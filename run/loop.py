@@ -1,13 +1,11 @@
-"""What stands around the training loop: where it begins, when it ends, what it writes. Nothing of
-the method is here.
-"""
+"""What stands around the training loop: where it begins, when it ends, what it writes."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +15,8 @@ from run.config import Config, RunFailed
 from run.record import Run, describe
 from run.screen import interruptible
 from run.world import World
+
+T = TypeVar("T")
 
 FAULTS = 10  # steps in a row without a finite gradient end a run
 
@@ -89,26 +89,25 @@ class Loop:
     def questions(self, step: int) -> list[Problem]:
         """This process's questions: its share of each mini-batch, so that every update has all."""
         batch = questions_of_step(self.problems, self.config.questions, self.config.seed, step)
-        size, mine = self.config.mini_batch, []
-        for start in range(0, len(batch), size):
-            mine += self.world.share(batch[start : start + size])
-        return mine
+        return [question for part in self.shares(batch) for question in part]
+
+    def shares(self, batch: Sequence[T]) -> list[list[T]]:
+        """This process's share of each mini-batch."""
+        size = self.config.mini_batch
+        starts = range(0, len(batch), size)
+        return [self.world.share(batch[start : start + size]) for start in starts]
 
     def mini_batches(self, rollouts: list[Any]) -> Iterator[list[Any]]:
         """This process's rollouts of each mini-batch, `epochs` times over."""
-        count, size, samples = self.config.questions, self.config.mini_batch, self.config.samples
         parts, end = [], 0
-        for start in range(0, count, size):
-            mine = self.world.share(range(start, min(start + size, count)))
-            parts.append(rollouts[end : end + len(mine) * samples])
-            end += len(mine) * samples
+        for questions in self.shares(range(self.config.questions)):
+            start, end = end, end + len(questions) * self.config.samples
+            parts.append(rollouts[start:end])
         for _ in range(self.config.epochs):
             yield from parts
 
     def generator(self, step: int) -> torch.Generator:
-        """A step's random numbers for sampling. They depend on nothing before, so a resumed run has
-        them too.
-        """
+        """Random numbers for sampling. They depend on the step alone, so a resumed run has them."""
         rank = self.world.rank
         seed = f"sampling {self.config.seed} {step}" + (f" {rank}" if rank else "")
         return torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
@@ -133,9 +132,7 @@ class Loop:
         self.check_gradients()
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is done after this
-        one.
-        """
+        """Whether what is done every so many steps, and at the end, is done after this one."""
         return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
 
     def signalled(self) -> bool:
@@ -149,18 +146,15 @@ class Loop:
         loss, norm = recent[-1]["loss"], recent[-1]["grad_norm"]
         raise RunFailed(
             f"{FAULTS} steps in a row had a gradient that is not finite (loss {loss:.3g}, "
-            f"gradient norm "
-            f"{norm:.3g}), and nothing was learned in them: start anew with a lower learning rate "
-            "(of train: --learning-rate, another --out)"
+            f"gradient norm {norm:.3g}), and nothing was learned in them: start anew with a lower "
+            "learning rate (of train: --learning-rate, another --out)"
         )
 
 
 def questions_of_step(
     problems: Sequence[Problem], size: int, seed: int, step: int
 ) -> list[Problem]:
-    """A step's questions. Every problem comes once before any comes again, each epoch in its own
-    order.
-    """
+    """A step's questions: every problem once before any comes again, each epoch shuffled anew."""
     n, batch, orders = len(problems), [], {}
     for place in range(step * size, (step + 1) * size):
         epoch, position = divmod(place, n)
@@ -177,6 +171,5 @@ def warn_if_unparsed(teacher: Any, history: Sequence[Metrics]) -> None:
     if asked and parsed < asked / 10:
         print(
             f"{parsed} of the teacher's {asked} replies followed the format; {teacher.cut} ran "
-            f"into "
-            f"--teacher-reply, {teacher.dropped} requests were longer than --teacher-prompt"
+            f"into --teacher-reply, {teacher.dropped} requests were longer than --teacher-prompt"
         )

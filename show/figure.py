@@ -39,9 +39,7 @@ text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) }
 
 
 def curves_of(run: Path) -> dict[str, list[float]]:
-    """What the picture needs of a demonstration: each step's share of rollouts that reflect, and
-    p_s.
-    """
+    """Of a demonstration: each step's share of rollouts that reflect, and p_s."""
     metrics = {}
     for method in ("grpo", "thinktuning"):
         lines = (run / method / "metrics.jsonl").read_text().splitlines()

@@ -1,6 +1,4 @@
-"""A few rollouts of each step as text, with the weight of each of the teacher's tokens: the lines
-of transcripts.jsonl.
-"""
+"""The lines of transcripts.jsonl: a few rollouts of each step, with their tokens' weights."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from grpo import LossSettings, Rollout, shaped_ratio, too_unlikely_to_push_down
 def transcripts(
     rollouts: list[Rollout], tokenizer: Tokenizer, step: int, settings: LossSettings, most: int = 3
 ) -> list[dict[str, Any]]:
-    """A few of the step's rollouts as text: guided ones first, the student's part and the teacher's
-    apart.
-    """
+    """A few of the step's rollouts as text, guided ones first."""
     helped = [r for r in rollouts if r.feedback is not None][: most - 1]
     others = [r for r in rollouts if r not in helped][: most - len(helped)]
     return [transcript(r, tokenizer, step, settings) for r in helped + others]

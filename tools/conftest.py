@@ -1,6 +1,4 @@
-"""Loaded before any test (pyproject.toml names this folder): one thread is fastest for tensors as
-small as the tests'.
-"""
+"""Loaded before any test, as pyproject.toml says: one thread suits the tests' small tensors."""
 
 import os
 
