@@ -52,8 +52,6 @@ class ModelConfig:
 
 
 class LM(nn.Module):
-    compiled = True  # the sampler compiles decoding steps on a GPU; False: they run as they are
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -68,6 +66,8 @@ class LM(nn.Module):
         self.inv_freq = rope_frequencies(config)
         # Activation checkpointing: a backward pass computes each block again instead of keeping it.
         self.recompute = False
+        # How the sampler's steps are compiled (run.compiled.compile_step); None: they are not.
+        self.compile_step: Callable[..., Callable[[], Any]] | None = None
         # The config.json it was loaded from, and the files beside it: save writes them back.
         self.source: dict[str, Any] | None = None
         self.companions: dict[str, bytes] = {}
@@ -344,7 +344,7 @@ class KVCache:
             prefix_k, prefix_v = self.prefix.first_row(layer, self.prefix_length)
             y = attend_to_both(q.squeeze(3), prefix_k, prefix_v, k, v, span.mask)
         else:
-            # The G query heads stand where times do, so k and v need not be repeated for each.
+            # A group's G query heads are laid along the time axis, so k and v are not repeated.
             y = F.scaled_dot_product_attention(q.squeeze(3), k, v, span.mask)
         return y.reshape(B, H, T, E)
 

@@ -2,11 +2,7 @@
 
 A prompt is computed once for all its samples, and what all prompts begin with once for all of them.
 Rows whose response has ended leave the batch, and responses that wait in a queue take their places.
-
-On a GPU a decoding step is compiled, without Triton: a step reads every weight and computes little,
-so fusing its operations could save little. What costs is launching hundreds of kernels a token.
-torch.compile therefore only traces the step, as one graph, and hands it to a backend that records
-PyTorch's own kernels for it as a CUDA graph (Recorder), which is replayed at every step.
+On a GPU the steps are taken in blocks, and model.compile_step may compile them (run/compiled.py).
 
 Shapes: N responses, B rows of the batch, Q prompts, T tokens, D model width, V vocabulary.
 """
@@ -27,8 +23,7 @@ from model import LM, KVCache
 SHARE_FROM = 32  # fewer shared tokens are computed sooner with each prompt than in their own pass
 BLOCK = {"cuda": 16}  # steps between two looks which rows have ended: a look waits for the GPU
 PREFILL = 1 << 14  # tokens of prompts, with padding, computed in one pass: bounds its memory
-WINDOW = 512  # in a block, steps read a multiple of this many positions: few shapes to record
-RECORDS = ("cuda",)  # devices whose steps are compiled
+WINDOW = 512  # in a block, steps read a multiple of this many positions: few shapes to compile
 
 Prompts = list[list[int]]
 OnStep = Callable[[Tensor, Tensor], None]
@@ -76,7 +71,6 @@ def generate(
     cache = KVCache(model, min(rows or N, N), room, prefix)
     batch = Batch(model, cache, uniform, stop, temperature, top_p, on_step)
     batch.run(Queue(model, prompts, samples, prefix), block)
-    RECORDER.forget()
     responses, logs = batch.results()
     return (responses, logs) if logprobs else responses
 
@@ -110,17 +104,23 @@ class Batch:
     def __post_init__(self) -> None:
         self.spare = len(self.uniform)  # N, the line's number
         self.uniform = F.pad(self.uniform, (0, 0, 0, 1), value=1.0).to(self.model.device)
-        self.tokens_out = torch.zeros_like(self.uniform, dtype=torch.int64)  # (N + 1, max_tokens)
+        # What was sampled for every response, (N + 1, max_tokens): tokens and their log-probs.
+        self.tokens_out = torch.zeros_like(self.uniform, dtype=torch.int64)
         self.logprobs_out = torch.zeros_like(self.uniform)
-        self.response = torch.full_like(self.cache.lengths, self.spare)  # (B,) and the next three
-        self.tokens = torch.zeros_like(self.response)  # its newest token,
-        self.t = torch.zeros_like(self.response)  # how many stand before that one,
-        self.done = torch.ones_like(self.response, dtype=torch.bool)  # and whether it was the last
+        # The state of every row, (B,). The first `active` rows have a response.
         self.active = 0
+        self.response = torch.full_like(
+            self.cache.lengths, self.spare
+        )  # the number of its response
+        self.tokens = torch.zeros_like(self.response)  # the newest token of that response
+        self.t = torch.zeros_like(self.response)  # the index of that token in the response
+        self.done = torch.ones_like(self.response, dtype=torch.bool)  # whether it was the last one
         vocab = self.model.config.vocab_size
+        # Whether a token ends a response, (V,).
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=self.model.device)
         # A model directory may name ids that the model cannot emit: they came from a larger one.
         self.is_stop[[i for i in self.stop if 0 <= i < vocab]] = True
+        self.recordings: dict[Any, Any] = {}  # filled in and read by model.compile_step
 
     def run(self, queue: Queue, block: int) -> None:
         """Write all responses, looking which have ended after each step or `block` of them."""
@@ -134,6 +134,7 @@ class Batch:
             else:
                 self.step(self.active)
             self.remove_done()
+        self.recordings.clear()  # and so their memory is free
 
     def fill_from(self, queue: Queue) -> None:
         """Give every free row a response, while any wait, and draw its first token."""
@@ -167,16 +168,16 @@ class Batch:
     def run_block(self, count: int) -> None:
         """`count` steps of one shape: of all rows, or half of them, a quarter, ... if they suffice.
 
-        Where the device records, the first step looks up or makes its recording, and the others
-        replay it: within a block nothing changes but what is in the tensors.
+        Within a block nothing changes but what is in the tensors. So where steps are compiled, the
+        first one looks up or makes a recording, and the others replay it.
         """
         B = len(self.response)
         while B // 2 >= max(self.active, 8):
             B //= 2
         self.cache.lengths[self.active :] = 0
         with self.cache.reserve(count, WINDOW):
-            if self.model.compiled and self.model.device.type in RECORDS:
-                again = compiled_step(self, B)
+            if self.model.compile_step:
+                again = self.model.compile_step(Batch.step, (self, B), self.recordings)
             else:
                 self.step(B)
                 again = partial(self.step, B)
@@ -224,9 +225,10 @@ class Queue:
         return len(self.prompts) * self.samples - self.next
 
     def enter(self, cache: KVCache, row: int, most: int) -> Tensor:
-        """Put the prompts of the next responses into the cache's rows from `row` on.
+        """Return the logits (n, V) after the prompts of the next n responses, which now have rows.
 
-        At most `most`, and no more than one pass holds: the logits after each prompt, (n, V).
+        Their prompts stand in the cache's rows from `row` on. n is at most `most`, and no more than
+        one pass holds.
         """
         end = self.next + min(most, self.left)
         if self.computed is None:
@@ -315,82 +317,3 @@ def keep_top_p(weights: Tensor, top_p: float) -> Tensor:
     before = ranked.cumsum(-1) - ranked
     beyond = before >= top_p * weights.sum(-1, keepdim=True)  # the one that crosses top_p stays
     return weights.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-
-
-def compiled_step(batch: Batch, B: int) -> Callable[[], Any]:
-    """batch.step(B), traced by torch.compile once for all sizes; returns what replays it."""
-    # Not at the top of the file: the compiler takes longer to load than torch itself.
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-    from torch.fx.experimental import _config as sizes
-
-    step = torch.compile(Batch.step, backend=RECORDER, fullgraph=True, dynamic=True)
-    # Two sizes that are equal once need not be so the next time.
-    with sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        try:
-            step(batch, B)
-        except FailOnRecompileLimitHit:
-            # Many more models and ways to sample than a training run has: begin anew.
-            torch.compiler.reset()
-            step(batch, B)
-    assert RECORDER.again
-    return RECORDER.again
-
-
-class Recorder:
-    """A backend of torch.compile: it is given the step as a graph of PyTorch's own operations and
-    records what they launch.
-
-    It generates no code, so Triton has nothing to do. The first call runs the operations and then
-    records them over the very tensors it was given, weights and caches too, without copying any. A
-    call with the same addresses replays the recording, one with others makes a new one. All share
-    one pool of memory, because only one runs at a time.
-    """
-
-    def __init__(self) -> None:
-        self.traces = self.count = 0  # steps traced and recordings made since the program began
-        self.forget()
-
-    def forget(self) -> None:
-        """Let the recordings go, and with them their memory."""
-        self.recordings: dict[tuple[Any, ...], Callable[[], Any]] = {}
-        self.again: Callable[[], Any] | None = None  # the recording that was looked up last
-        self.pool: Any = None
-
-    def __call__(self, traced: Callable[..., Any], _: Any) -> Callable[..., Any]:
-        self.traces += 1
-        return partial(self.run, traced)
-
-    def run(self, traced: Callable[..., Any], *inputs: Any) -> Any:
-        key = (traced, *map(identity, inputs))
-        if key in self.recordings:
-            self.again = self.recordings[key]
-            return self.again()
-        outputs = traced(*inputs)  # the libraries set themselves up here, which cannot be recorded
-        self.again, self.pool = record(partial(traced, *inputs), self.pool)
-        self.recordings[key] = self.again
-        self.count += 1
-        return outputs
-
-
-RECORDER = Recorder()
-
-
-def identity(value: Any) -> Any:
-    """What a recording depends on: a number's value, a tensor's address."""
-    if not isinstance(value, Tensor):
-        return value
-    # torch.compile passes a float as a tensor of no dimension.
-    return value.data_ptr() if value.dim() else value.item()
-
-
-def record(step: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], Any]:
-    """Record what `step` launches, without running it: what runs it, and its memory's pool."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        outputs = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return outputs
-
-    return replay, graph.pool()

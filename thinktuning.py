@@ -338,7 +338,8 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free, resumed=bool(before))
     # With several processes the sharded float32 weights are the master weights.
-    student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
+    student_dtype = dtype if world.size == 1 else torch.float32
+    student, tokenizer = load_model(args.model, device, student_dtype, args.compile)
     room = config.max_tokens, config.max_prompt
     problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
     config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
@@ -352,7 +353,7 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
         validation = validation[: config.eval_count or None]
     teacher = None
     if teacher_path:
-        teacher_model, teacher_tokenizer = load_model(teacher_path, device, dtype)
+        teacher_model, teacher_tokenizer = load_model(teacher_path, device, dtype, args.compile)
         teacher = make_teacher(teacher_model, teacher_tokenizer, config)
     run = Run(out, named_settings(args, config), config.method, args.resume, world, args.sinks)
 
@@ -383,7 +384,7 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
         named = " and ".join(SPLITS)
         raise ValueError(f"--split is of {named}, and a file is all one split: leave it out")
     grader = Grader(args.grader)
-    model, tokenizer = load_model(args.model, *device_and_dtype(args))
+    model, tokenizer = load_model(args.model, *device_and_dtype(args), args.compile)
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
     problems = load_problems(args.data, args.split or "test")
     problems = fitting(problems, model, tokenizer, args.data, max_tokens)

@@ -10,6 +10,7 @@ from data import Problem
 from data.prompts import student_prompt
 from data.tokenizer import Tokenizer
 from model import LM
+from run.compiled import RECORDING_DEVICES, compile_step
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype]:
@@ -22,14 +23,16 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"--device {device}: {reason}; give another one, such as cpu") from None
-    LM.compiled = args.compile == "auto"
     if args.dtype == "auto":
         args.dtype = "float32" if device == "cpu" else "bfloat16"
     return device, getattr(torch, args.dtype)
 
 
-def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[LM, Tokenizer]:
-    """(model, tokenizer) of a model directory. Raises ValueError if they do not belong together."""
+def load_model(path: str, device: str, dtype: torch.dtype, compiling: str) -> tuple[LM, Tokenizer]:
+    """(model, tokenizer) of a model directory. Raises ValueError if they do not belong together.
+
+    With `compiling` "auto" the model's decoding steps are compiled where the device can record.
+    """
     tokenizer = Tokenizer.load(path)
     model = LM.load(path, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -37,6 +40,8 @@ def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[LM, Tokenize
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
             f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
         )
+    if compiling == "auto" and model.device.type in RECORDING_DEVICES:
+        model.compile_step = compile_step
     return model, tokenizer
 
 

@@ -23,7 +23,7 @@ def prepare(args):
     if asks_teacher and args.samples > 1:
         raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
     device, dtype = device_and_dtype(args)
-    model, tokenizer = load_model(args.model, device, dtype)
+    model, tokenizer = load_model(args.model, device, dtype, args.compile)
     if not args.question.strip():
         raise ValueError("the question is empty")
     context = model.config.max_seq_len
@@ -49,7 +49,7 @@ def prepare(args):
         return lambda: print_vote(model, tokenizer, args.question, samples=args.samples, **options)
     teacher = None
     if args.teacher_model:
-        teacher = teacher_of(*load_model(args.teacher_model, device, dtype))
+        teacher = teacher_of(*load_model(args.teacher_model, device, dtype, args.compile))
     elif args.teacher:
         teacher = teacher_of(model, tokenizer)
     return lambda: think_aloud(model, tokenizer, args.question, teacher=teacher, **options)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from run.compiled import RECORDER
 from run.config import Config
-from sampler import RECORDER
 
 
 def print_outcome(

@@ -43,8 +43,9 @@ from grpo import (
     update,
 )
 from model import LM, ModelConfig
+from run.compiled import RECORDER, RECORDING_DEVICES, compile_step
 from run.config import DEMO, Config
-from sampler import RECORDER, generate, prefill
+from sampler import generate, prefill
 from teacher import make_teacher
 from thinktuning import train
 
@@ -243,7 +244,7 @@ class Bench:
             if gpu:
                 rivals = {
                     "compiled": rivals["ours"],
-                    "eager": mock.patch.object(LM, "compiled", False)(rivals["ours"]),
+                    "eager": mock.patch.object(self.model, "compile_step", None)(rivals["ours"]),
                 }
                 traces, count_before, first = (
                     RECORDER.traces,
@@ -606,7 +607,10 @@ def prepare_gradients(model):
 def model_of(shape, device, dtype):
     # The weights are drawn on the device: on a CPU those of 3b take longer than the measurements.
     with torch.device(device):
-        return LM(ModelConfig(**SHAPES[shape])).to(dtype)
+        model = LM(ModelConfig(**SHAPES[shape])).to(dtype)
+    if device in RECORDING_DEVICES:
+        model.compile_step = compile_step
+    return model
 
 
 def peak_of_update(name, shape, dtype) -> int:
