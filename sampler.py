@@ -109,9 +109,7 @@ class Batch:
         self.logprobs_out = torch.zeros_like(self.uniform)
         # The state of every row, (B,). The first `active` rows have a response.
         self.active = 0
-        self.response = torch.full_like(
-            self.cache.lengths, self.spare
-        )  # the number of its response
+        self.response = torch.full_like(self.cache.lengths, self.spare)  # which response it writes
         self.tokens = torch.zeros_like(self.response)  # the newest token of that response
         self.t = torch.zeros_like(self.response)  # the index of that token in the response
         self.done = torch.ones_like(self.response, dtype=torch.bool)  # whether it was the last one
@@ -134,7 +132,7 @@ class Batch:
             else:
                 self.step(self.active)
             self.remove_done()
-        self.recordings.clear()  # and so their memory is free
+        self.recordings.clear()  # frees their memory
 
     def fill_from(self, queue: Queue) -> None:
         """Give every free row a response, while any wait, and draw its first token."""
