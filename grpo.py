@@ -3,14 +3,14 @@
 Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time,
 Â the advantage, ρ = π_θ/π_old, w the weight of guided tokens, γ(Â) its coefficient,
 sg(·) stop-gradient. A *guided* token is one that counts as the teacher's.
-Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss; D model width,
-V vocabulary. In this order: advantages, loss, update, log-probabilities, batches, optimizer.
+Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss.
+In this order: advantages, loss, update, log-probabilities, batches, optimizer.
 """
 
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model import LM
+from run.head import HeadLogprobs, gradient_buffer, slice_size
 from run.world import World, full
 
 Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values (B, T), the tokens it is a mean over
@@ -88,10 +89,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss over the tokens in `mask`, and metrics. options: LossSettings.
-
-    For tests and exercises: training calls token_losses through update.
-    """
+    """Mean of token_losses, and metrics. options: LossSettings. Training goes through update."""
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
     losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)
@@ -133,14 +131,13 @@ def token_losses(
     pi = logprobs.detach().exp()  # sg(π_θ)
     loss, clipped, dual_clipped = clipped_loss(ratio, advantages, settings.clip, settings.dual_clip)
     loss_if_guided, w = guided_loss(logprobs, advantages, guided, settings)
-    shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
     if settings.shaping == "ratio":
         shaped = torch.zeros_like(guided)  # every token is ordinary
     else:
+        shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
         loss = torch.where(shaped, loss_if_guided, loss)
     if settings.kl_coef:
         loss = loss + settings.kl_coef * kl_to_reference(logprobs, ref_logprobs, mask)
-
     ordinary = mask & ~shaped
     return loss * mask, {
         "kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
@@ -162,10 +159,9 @@ def clipped_loss(
     """
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
-    dual_clipped = torch.zeros_like(loss, dtype=torch.bool)
-    if dual_clip is not None:
-        dual_clipped = (advantages < 0) & (loss > -advantages * dual_clip)
-        loss = torch.where(dual_clipped, -advantages * dual_clip, loss)  # Â < 0: ℓ = min(ℓ, −Â·c)
+    c = math.inf if dual_clip is None else dual_clip
+    dual_clipped = (advantages < 0) & (loss > -advantages * c)
+    loss = torch.where(dual_clipped, -advantages * c, loss)  # Â < 0: ℓ = min(ℓ, −Â·c)
     return loss, clipped > plain, dual_clipped
 
 
@@ -178,10 +174,9 @@ def guided_loss(
     ends = {"gamma_min": settings.gamma_min, "gamma_max": settings.gamma_max}
     published = settings.published_gamma
     w = shaped_ratio(logprobs, advantages, settings.guards, published=published, **ends)
-    loss = -advantages * w  # ℓ = −Â·w
     if settings.shaping == "likelihood":
-        loss = -advantages * logprobs
-    return loss, w
+        return -advantages * logprobs, w
+    return -advantages * w, w  # ℓ = −Â·w
 
 
 def shaped_ratio(
@@ -246,36 +241,37 @@ def update(
     finite is not applied: metrics["skipped"] is then 1.
     """
     settings = replace(settings or LossSettings(), **changes)
+    # log π_old of the rollouts that lack it. Putting the weights in one piece is expensive.
     some_unknown = any(world.gather([r.old_logprobs is None for r in rollouts]))
     whole = world.whole(model) if some_unknown else model
-    snapshot(whole, rollouts, settings.micro_batch, settings.temperature)  # π_old
+    snapshot(whole, rollouts, settings.micro_batch, settings.temperature)
+    # What the whole mini-batch decides: the published dual clip, and the tokens of the mean.
     helped = any(world.gather([r.guided_from is not None for r in rollouts]))
     if settings.published_dual_clip and not helped:
         settings = replace(settings, dual_clip=None)
     total = max(1, sum(world.gather([len(r.response) for r in rollouts])))
+    # Micro-batches of the rollouts that have a loss, and empty ones up to the number of passes.
     active = [r for r in rollouts if r.advantage != 0 or settings.kl_coef]
     batches = micro_batches(active, settings.micro_batch)
     passes = max(world.gather([len(batches)]))  # made together: each process has some weights
     batches += [[NOTHING]] * (passes - len(batches))
-
+    # The gradient: each pass adds its part.
     optimizer.zero_grad(set_to_none=True)
-    head_grad = gradient_buffer(optimizer, model.head.weight) if world.size == 1 else None
-    # A tied embedding has the same buffer: a sparse gradient is added to it row by row.
-    model.embed.sparse = model.embed.weight.grad is not None
     sums = []  # (metric, sum, over how many tokens) of each pass
-    for batch in batches:
-        losses, measured = batch_losses(model, batch, settings, reference, head_grad)
-        mean = losses.sum() / total  # token mean: over all tokens of the mini-batch
-        (mean * world.size).backward()  # FSDP takes the mean over the processes
-        for name, (values, where) in measured.items():
-            sums.append((name, (values * where).sum().item(), int(where.sum())))
-    model.embed.sparse = False
-
+    with gradient_buffer(model, optimizer, world) as head_grad:
+        for batch in batches:
+            losses, measured = batch_losses(model, batch, settings, reference, head_grad)
+            mean = losses.sum() / total  # token mean: over all tokens of the mini-batch
+            (mean * world.size).backward()  # FSDP takes the mean over the processes
+            for name, (values, where) in measured.items():
+                sums.append((name, (values * where).sum().item(), int(where.sum())))
+    # Clip the gradient, and take one step along it if it is finite.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)))
     if passes and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    # The metrics of all processes.
     metrics = mean_metrics(world.gather(sums), total)
     skipped = float(not math.isfinite(norm))
     share = sum(world.gather([len(r.response) for r in active])) / total
@@ -295,12 +291,12 @@ def batch_losses(
     """One forward pass: ℓ of every token of a micro-batch, (B, T), and what was measured."""
     tokens, mask, *others = collate(rollouts, settings.guided_tokens, model.device)
     guided, old_logprobs, advantages = others
-    T = settings.temperature  # one policy everywhere: π_θ, π_old, π_ref and the entropy have it
-    logprobs, entropy = token_logprobs(model, tokens, mask, True, head_grad, T)
+    # One policy everywhere: π_θ, π_old, π_ref and the entropy have the same temperature.
+    logprobs, entropy = token_logprobs(model, tokens, mask, True, head_grad, settings.temperature)
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=T)
+            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=settings.temperature)
     batch = logprobs, old_logprobs, advantages, mask, guided
     losses, measured = token_losses(*batch, settings, ref_logprobs)
     return losses, measured | {"entropy": (entropy, mask), "loss": (losses.detach(), mask)}
@@ -324,13 +320,6 @@ def snapshot(
         n, known = len(r.response), len(r.old_logprobs or ())
         if n != known:
             raise ValueError(f"a rollout has {n} tokens and {known} log-probabilities of π_old")
-
-
-def gradient_buffer(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
-    """Zeros that `optimizer` will read as the gradient of `weight`: its .grad or its master's."""
-    owner: Tensor = dict(getattr(optimizer, "copies", ())).get(weight, weight)
-    buffer = owner.grad = torch.zeros_like(owner)
-    return buffer
 
 
 def mean_metrics(sums: list[tuple[str, float, int]], total: int) -> dict[str, float]:
@@ -369,88 +358,13 @@ def token_logprobs(
     return placed if entropy else placed[0]
 
 
-def logprobs_at(
-    model: LM, tokens: Tensor, at: Tensor, size: int, head_grad: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
+def logprobs_at(model: LM, tokens: Tensor, at: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """log p of the next token and the entropy at positions `at` of the flattened (B, T-1): (N,).
 
-    A compiler takes this as one graph each way, and a handful of them serve all B, T and N.
+    options: see HeadLogprobs. It compiles as one graph each way, a handful for all B, T and N.
     """
     states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    options = size, head_grad, temperature
     return HeadLogprobs.apply(states[at], model.head.weight, targets[at], *options)  # type: ignore
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """states (N, D), head (V, D), targets (N,) -> log p(target) and entropy, (N,) each.
-
-    Goes through the head `size` rows at a time, so that the (N, V) logits never exist, and again
-    in the backward pass. Slices of positions would read and write all of the weight each time.
-    `head_grad`, if given, is what the optimizer reads as the head's gradient, and it is added to
-    in place: of a tied embedding one as large would else wait for the end of the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        size, _, temperature = ctx.options = options
-        # Of the slices so far: log Σ e^z; the mean of log p, which is minus the entropy; z_target.
-        log_z = torch.full(targets.shape, -1e30, device=states.device)
-        mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
-        for _, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
-            chosen = torch.where(inside, logits.gather(-1, at).squeeze(-1), chosen)
-            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
-            shrunk, log_p = before - log_z, logits.sub_(log_z[:, None])
-            mean = shrunk.exp() * (mean + shrunk) + (log_p.exp() * log_p).sum(-1)
-        entropy = -mean
-        ctx.save_for_backward(states, weight, targets, log_z)
-        ctx.mark_non_differentiable(entropy)
-        return chosen - log_z, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        states, weight, targets, log_z = ctx.saved_tensors
-        size, head_grad, temperature = ctx.options
-        states_grad = torch.zeros_like(states, dtype=torch.float32)
-        weight_grad = torch.zeros_like(weight) if head_grad is None else head_grad
-        grad = grad / temperature
-        for part, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
-            p = logits.sub_(log_z[:, None]).exp_()
-            # d log p(target) / dz = (one-hot − p) / temperature
-            z_grad = p.mul_(-grad[:, None]).scatter_add_(-1, at, (grad * inside)[:, None])
-            z_grad = z_grad.to(weight.dtype)
-            states_grad += z_grad @ weight[part]
-            if weight_grad.dtype == states.dtype:
-                weight_grad[part].addmm_(z_grad.T, states)
-            else:  # a float32 master's
-                weight_grad[part] += z_grad.T @ states
-        own = weight_grad if head_grad is None else None
-        return states_grad.to(states.dtype), own, None, None, None, None
-
-
-def logit_slices(
-    states: Tensor, weight: Tensor, targets: Tensor, size: int, temperature: float
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Of each slice of R rows of the head: which rows, z / temperature (N, R) float32, the places
-    of the targets in it (N, 1), and whether they are in it at all (N,)."""
-    for start in range(0, len(weight), size):
-        part = slice(start, min(start + size, len(weight)))
-        logits = (states @ weight[part].T).float()
-        if temperature != 1:
-            logits = logits.div_(temperature)
-        at = targets - start
-        inside = (at >= 0) & (at < logits.shape[1])
-        yield part, logits, at.clamp(0, logits.shape[1] - 1)[:, None], inside
-
-
-def slice_size(positions: int, device: torch.device | str) -> int:
-    """Rows of the head in a slice: 16 MB of logits on a CPU, as fit its caches; 256 MB on a GPU.
-
-    A power of two, so that there are few sizes to compile for.
-    """
-    logits: int = 1 << (22 if torch.device(device).type == "cpu" else 26)
-    return max(512, 1 << (logits // max(1, positions)).bit_length() - 1)
 
 
 def collate(
@@ -481,17 +395,14 @@ def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
     its tokens, padding counted, and size / 16 for being one more pass.
     """
     rollouts = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response))
-    best = [(0.0, 0)]  # of the first n rollouts: the least cost, and where the last batch begins
+    # Of the first 0, 1, ... n rollouts: the least cost, and the batches that have it.
+    best: list[tuple[float, list[list[Rollout]]]] = [(0.0, [])]
     for n, r in enumerate(rollouts, 1):
         width = len(r.prompt) + len(r.response)
-        starts = range(max(0, n - max(1, size // width)), n)
-        best.append(min((best[i][0] + (n - i) * width + size / 16, i) for i in starts))
-    batches, end = [], len(rollouts)
-    while end:
-        start = best[end][1]
-        batches.append(rollouts[start:end])
-        end = start
-    return batches[::-1]
+        starts = range(max(0, n - max(1, size // width)), n)  # where the last batch may begin
+        cost, start = min((best[i][0] + (n - i) * width + size / 16, i) for i in starts)
+        best.append((cost, [*best[start][1], rollouts[start:n]]))
+    return best[-1][1]
 
 
 class MasterAdamW(torch.optim.AdamW):

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from data.weights import read_config
-from grpo import slice_size
 from model import LM, ModelConfig
 from run.config import MAY_CHANGE, Config, flag
+from run.head import slice_size
 from sampler import PREFILL
 
 GIB = 1 << 30

@@ -34,7 +34,6 @@ import sampler
 from data import load_problems
 from data.tokenizer import Tokenizer
 from grpo import (
-    HeadLogprobs,
     MasterAdamW,
     Rollout,
     logprobs_at,
@@ -45,6 +44,7 @@ from grpo import (
 from model import LM, ModelConfig
 from run.compiled import RECORDER, RECORDING_DEVICES, compile_step
 from run.config import DEMO, Config
+from run.head import HeadLogprobs
 from sampler import generate, prefill
 from teacher import make_teacher
 from thinktuning import train
