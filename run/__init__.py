@@ -1,1 +1,1 @@
-"""What surrounds a run: settings and flags, records, checkpoints, processes."""
+"""What surrounds a run: settings, flags, records, checkpoints, processes, compiling, the head."""
