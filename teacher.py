@@ -190,7 +190,9 @@ class Teacher:
         return replies
 
     def ask_about(self, rollouts: list[Rollout]) -> list[str]:
-        """`ask` about the attempts of these rollouts."""
+        """`ask` about the attempts of these rollouts, and mark that they were asked about."""
+        for rollout in rollouts:
+            rollout.asked = True
         return self.ask([r.question for r in rollouts], [r.attempt for r in rollouts])
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:

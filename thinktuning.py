@@ -29,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,83 +69,62 @@ from teacher import (
 Record = tuple[Problem, str, bool]  # the problem, what was said, whether it finished
 
 
+def reward(rollout: Rollout) -> float:
+    """r_i: 1 if it finished and its last final answer is right. A wrong teacher earns nothing."""
+    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
+
+
 def train(
     student: LM,
     tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    config: Config,
-    *,
+    loop: Loop,
     teacher: Teacher | None = None,
-    run: Run | None = None,
-    validation: Sequence[Problem] = (),
-    world: World = World(),
-    bonus: Callable[[Rollout], float] | None = None,
+    reward: Callable[[Rollout], float] = reward,
 ) -> list[Metrics]:
-    """Train `student` in place; returns the metrics of every step. Without a teacher this is GRPO.
+    """Train the policy π_θ, `student`, in place; returns the metrics of every step.
 
-    What is not the method stands around it, in run/loop.py: signals, faults, checkpoints, records,
-    processes. `run` takes the records, `validation` is evaluated now and then, `bonus` is what a
-    rollout earns beside its answer. Each process of `world` has its own questions; afterwards each
-    holds a part of the student. Raises RunFailed where the gradient is not finite for too long.
+    The comments count the paper's eight steps. Without a teacher they are GRPO. Another `reward`
+    changes step 6 alone: it reads the whole text of a rollout, whoever wrote it. `loop` has the
+    settings, deals out the questions, and does what is not the method: records, checkpoints,
+    signals, several processes (run/loop.py). Raises RunFailed where the gradient is not finite for
+    too long.
     """
-    settings = loss_settings(config)
-    reference = initial_policy(student, teacher) if config.kl_coef else None
-    optimizer = prepare_to_train(student, config, world)
-
-    def validate() -> Metrics:
-        return validation_scores(student, tokenizer, validation, config, world)
-
-    def transcribe(step: int, rollouts: list[Rollout]) -> list[Metrics]:
-        return transcripts(rollouts, tokenizer, step, settings)
-
-    with Loop(
-        student,
-        optimizer,
-        problems,
-        config,
-        run=run,
-        world=world,
-        teacher=teacher,
-        validate=validate if validation else None,
-        transcribe=transcribe,
-    ) as loop:
-        for step, questions in loop:
-            policy = loop.policy  # π_old: the student as it is until the update
-            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
-            rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
-            # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
-            p_s = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
-            chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
-            # 3. Ask the teacher: it reads the question and the attempt, never the answer y.
-            replies = teacher.ask_about(chosen) if teacher else []
-            for rollout, reply in zip(chosen, replies):
-                # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
-                feedback = parse_feedback(reply)
-                rollout.asked, rollout.feedback = True, feedback
-                # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
-                if feedback:
-                    augment(rollout, feedback, tokenizer, config.max_tokens)
-            # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
-            for rollout in rollouts:
-                rollout.reward = reward(rollout) + (bonus(rollout) if bonus else 0.0)
-            # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
-            set_advantages(rollouts, config.samples)
-            # 8. Update: log π_old of the augmented rollouts, then the loss and an AdamW step for
-            #    each mini-batch.
-            snapshot(policy, rollouts, config.micro_batch, config.temperature)
-            updates = []
-            for batch in loop.mini_batches(rollouts):
-                updates.append(
-                    update(
-                        student,
-                        optimizer,
-                        batch,
-                        settings=settings,
-                        reference=reference,
-                        world=world,
-                    )
-                )
-            loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
+    config = loop.config  # B, G, L, p_init, …
+    settings = loss_settings(config)  # ε, c, γ_min, γ_max, …
+    reference = initial_policy(student, teacher) if config.kl_coef else None  # π_ref
+    optimizer = prepare_to_train(student, config, loop.world)
+    validate = partial(validation_scores, tokenizer, loop)
+    transcribe = partial(transcripts, tokenizer=tokenizer, settings=settings)
+    for step, questions in loop.steps(student, optimizer, teacher, validate, transcribe):
+        policy = loop.policy  # π_old: the student as it is until the update
+        # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
+        rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
+        # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
+        p_s = share_of_help(step, config) if teacher else 0.0
+        chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
+        # 3. Ask the teacher: it reads the question q and the attempt o_i, never the answer y.
+        replies = teacher.ask_about(chosen) if teacher else []
+        for rollout, reply in zip(chosen, replies):
+            # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
+            rollout.feedback = feedback = parse_feedback(reply)
+            # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
+            if feedback:
+                augment(rollout, feedback, tokenizer, config.max_tokens)
+        # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
+        for rollout in rollouts:
+            rollout.reward = reward(rollout)
+        # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
+        set_advantages(rollouts, config.samples)
+        # 8. Update: log π_old of every token, the teacher's too; then for each mini-batch the loss,
+        #    −Â·w on guided tokens and PPO's clipped one on all others, and a step of AdamW.
+        snapshot(policy, rollouts, config.micro_batch, config.temperature)
+        updates = []
+        for batch in loop.mini_batches(rollouts):
+            metrics = update(
+                student, optimizer, batch, settings=settings, reference=reference, world=loop.world
+            )
+            updates.append(metrics)
+        loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
     return loop.history
 
 
@@ -187,15 +167,10 @@ def sample_rollouts(
     return rollouts
 
 
-def share_of_help(step: int, steps: int, config: Config) -> float:
+def share_of_help(step: int, config: Config) -> float:
     """p_s with a run's settings; 0.0 once the teacher is off."""
-    p_init, p_min = config.p_init, config.p_min
+    steps, p_init, p_min = config.schedule_steps, config.p_init, config.p_min
     return guidance_fraction(step, steps, config.schedule, p_init, p_min, config.eps)
-
-
-def reward(rollout: Rollout) -> float:
-    """1 if it finished and its last final answer is right. A wrong teacher earns nothing."""
-    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
 def set_advantages(rollouts: list[Rollout], samples: int) -> None:
@@ -268,10 +243,14 @@ def evaluate(
     rows: int = 256,
     seed: int = 0,
     equal: Callable[[str, str], bool] = equal,
+    world: World = World(),
 ) -> tuple[Metrics, list[Record]]:
-    """Scores (data.scores) on `problems`, and the (problem, text, finished) records behind them."""
-    prompts = [student_prompt(tokenizer, problem.question) for problem in problems]
-    responses = generate(
+    """Scores (data.scores) on `problems`, and the (problem, text, finished) records behind them.
+
+    Of several processes each answers its share of the problems.
+    """
+    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
+    own = generate(
         model,
         prompts,
         max_tokens=max_tokens,
@@ -281,17 +260,7 @@ def evaluate(
         rows=rows,
         generator=torch.Generator().manual_seed(seed),
     )
-    return scores_of(responses, tokenizer, problems, samples, equal)
-
-
-def scores_of(
-    responses: list[list[int]],
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    samples: int = 1,
-    equal: Callable[[str, str], bool] = equal,
-) -> tuple[Metrics, list[Record]]:
-    """`responses` are question-major, `samples` to each problem."""
+    responses: list[list[int]] = world.gather(own)  # question-major: shares are consecutive
     records = []
     for i, ids in enumerate(responses):
         text, finished = spoken(tokenizer, ids), ids[-1] in tokenizer.stop
@@ -303,20 +272,16 @@ def scores_of(
     return scores, records
 
 
-def validation_scores(
-    student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config: Config, world: World
-) -> Metrics:
-    """Greedy scores while training; each process of `world` answers its share of the problems."""
-    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
-    responses = generate(
-        world.whole(student),
-        prompts,
-        max_tokens=config.max_tokens,
-        stop=tokenizer.stop,
-        temperature=0,
-        rows=config.rows,
+def validation_scores(tokenizer: Tokenizer, loop: Loop) -> Metrics:
+    """Greedy scores of the student as it is while it trains, by the names eval_…"""
+    scores, _ = evaluate(
+        loop.policy,
+        tokenizer,
+        loop.validation,
+        max_tokens=loop.config.max_tokens,
+        rows=loop.config.rows,
+        world=loop.world,
     )
-    scores, _ = scores_of(world.gather(responses), tokenizer, problems)
     return {f"eval_{name}": value for name, value in scores.items() if isinstance(value, float)}
 
 
@@ -334,44 +299,40 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)
+    # From here on the cheap comes first: sizes and problems are read before any weight is.
     sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free, resumed=bool(before))
+    problems = load_problems(args.data, "train")
+    validation = load_problems(args.eval_data, "test") if args.eval_data else []
     # With several processes the sharded float32 weights are the master weights.
     student, tokenizer = load_model(args.model, device, dtype if world.size == 1 else torch.float32)
     room = config.max_tokens, config.max_prompt
-    problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
-    config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
-    config = replace(config, schedule_steps=config.schedule_steps or config.steps)
+    problems = fitting(problems, student, tokenizer, args.data, *room)
+    if validation:
+        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
+    config = config.with_steps(len(problems))
     if world.is_first:
         print(plan.describe(config, sizes, device, free) + note_on_more_steps(config, before))
-    validation = []
-    if args.eval_data:
-        validation = load_problems(args.eval_data, "test")
-        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
-        validation = validation[: config.eval_count or None]
     teacher = None
-    if teacher_path:
-        teacher_model, teacher_tokenizer = load_model(teacher_path, device, dtype)
-        teacher = make_teacher(teacher_model, teacher_tokenizer, config)
+    if teacher_path:  # its own copy: the student's weights change
+        teacher = make_teacher(*load_model(teacher_path, device, dtype), config)
     run = Run(out, named_settings(args, config), config.method, args.resume, world, args.sinks)
+    loop = Loop(
+        problems,
+        config,
+        run=run,
+        validation=validation[: config.eval_count or None],
+        world=world,
+        has_flags=True,
+    )
 
     def job() -> None:
-        history = train(
-            student,
-            tokenizer,
-            problems,
-            config,
-            teacher=teacher,
-            run=run,
-            validation=validation,
-            world=world,
-        )
+        history = train(student, tokenizer, loop, teacher)
         trained = world.whole(student)
-        if world.is_first:
-            trained.save(out / "model", tokenizer)
         run.close()
         if world.is_first:
+            trained.save(out / "model", tokenizer)
             report.write_report(out)
             print_outcome(out, history, config, args)
 
@@ -383,9 +344,9 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
         named = " and ".join(SPLITS)
         raise ValueError(f"--split is of {named}, and a file is all one split: leave it out")
     grader = Grader(args.grader)
+    problems = load_problems(args.data, args.split or "test")
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
-    problems = load_problems(args.data, args.split or "test")
     problems = fitting(problems, model, tokenizer, args.data, max_tokens)
     problems = problems[: args.count or None]
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 # What --published can repeat of the published code. docs/published-code.md lists every difference.
 PUBLISHED = ("gamma", "dual-clip", "trajectory")
@@ -147,6 +147,11 @@ class Config:
         if self.published == "all":
             return frozenset(PUBLISHED)
         return frozenset(filter(None, self.published.split(",")))
+
+    def with_steps(self, problems: int) -> Config:
+        """With as many steps as one epoch of so many problems has, where no number was given."""
+        steps = self.steps or max(1, problems // self.questions)
+        return replace(self, steps=steps, schedule_steps=self.schedule_steps or steps)
 
     def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""

@@ -44,6 +44,7 @@ from grpo import (
 )
 from model import LM, ModelConfig
 from run.config import DEMO, Config
+from run.loop import Loop
 from sampler import RECORDER, generate, prefill
 from teacher import make_teacher
 from thinktuning import train
@@ -520,7 +521,7 @@ class Bench:
                 "AdamW": (MasterAdamW, "step"),
             }
             with clocked(kernels) as clocks:
-                total = timed(lambda: train(student, tokenizer, problems, config, teacher=teacher))
+                total = timed(lambda: train(student, tokenizer, Loop(problems, config), teacher))
             self.report("demo", method, f"{steps} training steps", [total])
             for name in kernels:
                 self.report(
