@@ -229,7 +229,7 @@ def add_config_flags(parser):
 DTYPES = ("auto", "float32", "bfloat16")
 
 # Flags of train that are no settings of Config, and that a resumed run keeps.
-KEPT = ("dtype", "preset", "teacher", "eval_data")
+KEPT = ("model", "data", "dtype", "preset", "teacher", "eval_data")
 
 
 def chosen(args, before: dict) -> Config:
@@ -242,6 +242,8 @@ def chosen(args, before: dict) -> Config:
     for name in KEPT:
         if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
             setattr(args, name, before[name])
+    if missing := [flag(name) for name in ("model", "data") if getattr(args, name) is None]:
+        raise ValueError(f"these flags are required: {', '.join(missing)}")
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype!r}")
     args.preset = args.preset or "paper"
@@ -294,7 +296,7 @@ def named_settings(args: argparse.Namespace, config: Config) -> dict:
         args.again = "it cannot be resumed, because --save-every 0 kept no checkpoint"
     args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
     settings = {}
-    for name in ("model", "data", *KEPT):
+    for name in KEPT:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     settings.update(asdict(config))
