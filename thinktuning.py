@@ -93,6 +93,7 @@ def train(
     settings = loss_settings(config)  # ε, c, γ_min, γ_max, …
     reference = initial_policy(student, teacher) if config.kl_coef else None  # π_ref
     optimizer = prepare_to_train(student, config, loop.world)
+    # What the loop calls when it is due: greedy scores, and a few rollouts to read.
     validate = partial(validation_scores, tokenizer, loop)
     transcribe = partial(transcripts, tokenizer=tokenizer, settings=settings)
     for step, questions in loop.steps(student, optimizer, teacher, validate, transcribe):
@@ -102,10 +103,10 @@ def train(
         # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
         p_s = share_of_help(step, config) if teacher else 0.0
         chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
-        # 3. Ask the teacher: it reads the question q and the attempt o_i, never the answer y.
+        # 3. Ask the teacher T: it reads the question q and the attempt o_i, never the answer y.
         replies = teacher.ask_about(chosen) if teacher else []
         for rollout, reply in zip(chosen, replies):
-            # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
+            # 4. Parse strictly: T's opinion, reason and phrase on o_i, or no feedback at all.
             rollout.feedback = feedback = parse_feedback(reply)
             # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
             if feedback:
@@ -115,8 +116,8 @@ def train(
             rollout.reward = reward(rollout)
         # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
         set_advantages(rollouts, config.samples)
-        # 8. Update: log π_old of every token, the teacher's too; then for each mini-batch the loss,
-        #    −Â·w on guided tokens and PPO's clipped one on all others, and a step of AdamW.
+        # 8. Update: log π_old of every token, then a step of AdamW on each mini-batch. The loss is
+        #    −Â·w on guided tokens and PPO's, with ρ = π_θ/π_old clipped, on all others.
         snapshot(policy, rollouts, config.micro_batch, config.temperature)
         updates = []
         for batch in loop.mini_batches(rollouts):
@@ -140,27 +141,28 @@ def sample_rollouts(
     responses, logprobs = generate(
         policy,
         prompts,
-        max_tokens=config.max_tokens,
+        max_tokens=config.max_tokens,  # L
         stop=tokenizer.stop,
-        samples=config.samples,
+        samples=config.samples,  # G
         temperature=config.temperature,
         generator=generator,
         rows=config.rows,
-        logprobs=True,
+        logprobs=True,  # known here, so a response that nobody augments needs no second pass
     )
     rollouts = []
     for i, (ids, known) in enumerate(zip(responses, logprobs)):
-        question, answer = questions[i // config.samples]
+        place = i // config.samples  # each question's G responses stand side by side
+        question, answer = questions[place]
         text = spoken(tokenizer, ids)
         rollouts.append(
             Rollout(
-                prompts[i // config.samples],
-                ids,
+                prompts[place],
+                ids,  # o_i
                 finished=ids[-1] in tokenizer.stop,
                 question=question,
-                answer=answer,
-                text=text,
-                attempt=text,
+                answer=answer,  # y, which no prompt contains
+                text=text,  # what is rewarded; the teacher's words may join it
+                attempt=text,  # stays what the student wrote
                 old_logprobs=known,
             )
         )
@@ -176,26 +178,29 @@ def share_of_help(step: int, config: Config) -> float:
 def set_advantages(rollouts: list[Rollout], samples: int) -> None:
     """Fill in Â of each rollout; `samples` of each question stand side by side."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
-    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
+    advantages = group_advantages(rewards).flatten().tolist()  # question-major, as the rollouts
+    for rollout, advantage in zip(rollouts, advantages):
         rollout.advantage = advantage
 
 
 def loss_settings(config: Config) -> LossSettings:
     """The run's settings that the loss depends on, and what it repeats of the published code."""
+    # Fields of one name mean the same in both classes.
     shared = {f.name for f in fields(LossSettings)} & {f.name for f in fields(Config)}
     settings = LossSettings(**{name: getattr(config, name) for name in shared})
     repeated = config.published_items
     return replace(
         settings,
-        published_gamma="gamma" in repeated,
-        published_dual_clip="dual-clip" in repeated,
+        published_gamma="gamma" in repeated,  # γ is the same whatever Â is
+        published_dual_clip="dual-clip" in repeated,  # no c where no rollout is guided
         guided_tokens="trajectory" if "trajectory" in repeated else config.guided_tokens,
     )
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is, or the teacher's model where that is the same."""
+    """π_ref: a frozen copy of the student as it is, or the teacher's model where that is equal."""
     if teacher is not None and student.config == teacher.model.config:
+        # The usual case: a third copy of the weights would only cost memory.
         ours, theirs = student.state_dict(), teacher.model.state_dict()
         if ours.keys() == theirs.keys() and all(same(x, theirs[k]) for k, x in ours.items()):
             return teacher.model
@@ -210,23 +215,23 @@ def prepare_to_train(student: LM, config: Config, world: World) -> MasterAdamW:
     """The optimizer, after several processes have divided the student among them."""
     config.check()
     student.recompute = config.recompute
-    world.shard(student)
+    world.shard(student)  # before the optimizer, whose moments are divided like the weights
     return MasterAdamW(
         student.parameters(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=True,  # one kernel for all parameters
     )
 
 
 def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over those updates that have it: a mean over no tokens is absent."""
-    means = {}
-    for name in dict.fromkeys(name for result in results for name in result):
-        values = [result[name] for result in results if name in result]
-        means[name] = sum(values) / len(values)
-    return means
+    """The mean of each metric over the updates that have it."""
+    values: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.items():  # a mean over no tokens is absent, not 0
+            values.setdefault(name, []).append(value)
+    return {name: sum(some) / len(some) for name, some in values.items()}
 
 
 # Evaluation. It never involves a teacher.
@@ -239,7 +244,7 @@ def evaluate(
     *,
     max_tokens: int,
     samples: int = 1,
-    temperature: float = 0.0,
+    temperature: float = 0.0,  # greedy
     rows: int = 256,
     seed: int = 0,
     equal: Callable[[str, str], bool] = equal,
@@ -258,7 +263,7 @@ def evaluate(
         samples=samples,
         temperature=temperature,
         rows=rows,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),  # its own, so evaluating changes no training
     )
     responses: list[list[int]] = world.gather(own)  # question-major: shares are consecutive
     records = []
@@ -290,12 +295,13 @@ def validation_scores(tokenizer: Tokenizer, loop: Loop) -> Metrics:
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
-    before = earlier_settings(out, args.resume)
+    before = earlier_settings(out, args.resume)  # {} for a new run
     config = chosen(args, before)
     config.check()
     sinks.check(args.sinks)
     if not before:
         check_used(args, config)
+    # The paper's teacher is the student's initial weights.
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)
@@ -329,7 +335,7 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
 
     def job() -> None:
         history = train(student, tokenizer, loop, teacher)
-        trained = world.whole(student)
+        trained = world.whole(student)  # of several processes all must take part
         run.close()
         if world.is_first:
             trained.save(out / "model", tokenizer)
@@ -343,7 +349,7 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
     if args.split and args.data not in SPLITS:
         named = " and ".join(SPLITS)
         raise ValueError(f"--split is of {named}, and a file is all one split: leave it out")
-    grader = Grader(args.grader)
+    grader = Grader(args.grader)  # first: it may need a package that is not installed
     problems = load_problems(args.data, args.split or "test")
     model, tokenizer = load_model(args.model, *device_and_dtype(args))
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)

@@ -210,7 +210,10 @@ def add_report_flags(parser):
 
 
 COMMANDS = {  # name: (what it does, the function that adds its flags)
-    "train": ("Train a model directory on problems.", add_train_flags),
+    "train": (
+        "Train a model directory on problems. --model and --data are needed, except with --resume.",
+        add_train_flags,
+    ),
     "eval": ("Accuracy, mean@k, pass@k, maj@k, reflection, with standard errors.", add_eval_flags),
     "ask": ("Watch a model think.", add_ask_flags),
     "report": ("One HTML page of a run, or across runs.", add_report_flags),
