@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,15 @@ def test_without_a_teacher_nobody_is_asked_and_the_rest_is_the_same_step(monkeyp
     train(student, tokenizer, loop, reward=thinktuning.reward)
     order = "".join(letter for letter, _ in calls)
     assert re.fullmatch("(126{12}78{3}){2}", order), order
+
+
+def test_after_the_training_nothing_holds_the_loop_and_with_it_the_lock_of_its_directory():
+    student, tokenizer = finishing_student()
+    loop = Loop(load_problems("wordproblems"), tiny_config(steps=1))
+    train(student, tokenizer, loop)
+    gone = weakref.ref(loop)
+    del loop
+    assert gone() is None
 
 
 @pytest.mark.filterwarnings("error")

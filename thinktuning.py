@@ -94,7 +94,7 @@ def train(
     reference = initial_policy(student, teacher) if config.kl_coef else None  # π_ref
     optimizer = prepare_to_train(student, config, loop.world)
     # What the loop calls when it is due: greedy scores, and a few rollouts to read.
-    validate = partial(validation_scores, tokenizer, loop)
+    validate = partial(validation_scores, tokenizer=tokenizer)
     transcribe = partial(transcripts, tokenizer=tokenizer, settings=settings)
     for step, questions in loop.steps(student, optimizer, teacher, validate, transcribe):
         policy = loop.policy  # π_old: the student as it is until the update
@@ -277,7 +277,7 @@ def evaluate(
     return scores, records
 
 
-def validation_scores(tokenizer: Tokenizer, loop: Loop) -> Metrics:
+def validation_scores(loop: Loop, tokenizer: Tokenizer) -> Metrics:
     """Greedy scores of the student as it is while it trains, by the names eval_…"""
     scores, _ = evaluate(
         loop.policy,

@@ -60,12 +60,12 @@ class Loop:
         student: LM,
         optimizer: torch.optim.Optimizer,
         teacher: Any = None,
-        validate: Callable[[], Metrics] | None = None,
+        validate: Callable[[Loop], Metrics] | None = None,
         transcribe: Callable[..., list[Metrics]] | None = None,
     ) -> Iterator[tuple[int, list[Problem]]]:
         """The number and the questions of every step that is left to do.
 
-        `validate()` gives scores on `validation`, `transcribe(rollouts, step=...)` lines for
+        `validate(loop)` gives scores on `validation`, `transcribe(rollouts, step=...)` lines for
         transcripts.jsonl. `teacher` is only asked why its replies could not be parsed.
         """
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
@@ -123,7 +123,7 @@ class Loop:
         if self.world.is_first:
             self.hint(is_due)
         if is_due and self.validate and self.validation and not self.signalled():
-            metrics.update(self.validate())
+            metrics.update(self.validate(self))
         self.told.set()  # the step's numbers follow
         if self.run:
             transcripts = self.transcribe(rollouts, step=step) if self.transcribe else []

@@ -119,7 +119,7 @@ def test_a_signal_ends_the_run_after_the_step_in_which_it_comes(number, moment, 
         if (which, step) == (moment, 2):
             os.kill(os.getpid(), number)
 
-    def validate():
+    def validate(loop):
         now("while evaluating", len(evaluated))
         evaluated.append(1)
         return {}
