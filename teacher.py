@@ -1,5 +1,4 @@
-"""The teacher: who gets help, asking, parsing, augmenting, and the schedule: when the teacher
-leaves.
+"""The teacher: who gets help and until when, asking, parsing, augmenting.
 
 The teacher is any language model of the student's size, usually the student's own initial weights,
 frozen. It reads the question and the student's attempt, never the gold answer, and its words earn
@@ -26,8 +25,8 @@ if TYPE_CHECKING:  # this file knows nothing of losses
 
 class Feedback(NamedTuple):
     opinion: str  # "correct" or "incorrect"
-    reason: str
-    phrase: str
+    reason: str  # what was right, or where the logic falls short
+    phrase: str  # the thought carried on, to a final answer
 
 
 # Who gets help, and for how long.
@@ -37,8 +36,8 @@ def guidance_fraction(
     step: int,
     total_steps: int,
     shape: str = "linear",
-    initial: float = 0.1,
-    minimum: float = 0.01,
+    initial: float = 0.1,  # p_init
+    minimum: float = 0.01,  # p_min
     eps: float = 0.05,
 ) -> float:
     """p_s, the share of each group that is guided at `step` (from 0); 0.0 once the teacher is off.
@@ -46,7 +45,7 @@ def guidance_fraction(
     It falls from `initial` to `minimum` over the first third of the steps. Every shape only falls,
     so a teacher that is off stays off. Raises ValueError for an unknown shape.
     """
-    progress = min(1.0, 3 * step / max(1, total_steps))
+    progress = min(1.0, 3 * step / max(1, total_steps))  # 1 from the end of the first third
     if shape == "constant":
         p = initial
     elif shape == "linear":
@@ -69,10 +68,14 @@ def choose(finished: list[bool], group_size: int, fraction: float, rng: random.R
     Of each question's n finished rollouts k = max(1, ⌊n·p⌋) are drawn without replacement.
     Nobody is chosen where `fraction` is 0.
     """
-    chosen = []
-    for start in range(0, len(finished) if fraction > 0 else 0, group_size):
+    chosen: list[int] = []
+    if fraction <= 0:
+        return chosen
+    for start in range(0, len(finished), group_size):
+        # n of them. A response that was cut off could not be continued.
         eligible = [i for i in range(start, start + group_size) if finished[i]]
         if eligible:
+            # The 1e-9 is for ⌊100·0.29⌋ and its like: the product is rounded to 28.999….
             k = max(1, math.floor(len(eligible) * fraction + 1e-9))
             chosen += rng.sample(eligible, min(k, len(eligible)))
     return sorted(chosen)
@@ -88,6 +91,7 @@ def choose_rollouts(
     chosen = []
     for start in range(0, len(rollouts), group_size):
         group = rollouts[start : start + group_size]
+        # Seeded with a text, because a tuple's hash is another one in each process.
         rng = random.Random(f"choosing {seed} {step} {group[0].question}")
         finished = [rollout.finished for rollout in group]
         chosen += [group[i] for i in choose(finished, group_size, fraction, rng)]
@@ -122,8 +126,7 @@ class Teacher:
         if self.max_prompt < 1:
             raise ValueError(
                 f"the teacher's context of {model.config.max_seq_len} tokens has no room for a "
-                f"prompt "
-                f"beside a reply of {max_tokens}; lower --teacher-reply"
+                f"prompt beside a reply of {max_tokens}; lower --teacher-reply"
             )
         is_tiny = tokenizer.family == "wordproblems"
         self.style = style or ("tag" if is_tiny else "exemplars")
@@ -178,6 +181,7 @@ class Teacher:
         "" where the request was longer than max_prompt or the reply ran into max_tokens; `dropped`
         and `cut` count these.
         """
+        # q and o_i are all that it gets: the answer y is not even at hand here.
         prompts = [self.prompt(q, o) for q, o in zip(questions, attempts, strict=True)]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.max_prompt]
         self.dropped += len(prompts) - len(fitting)
@@ -190,23 +194,26 @@ class Teacher:
         return replies
 
     def ask_about(self, rollouts: list[Rollout]) -> list[str]:
-        """`ask` about the attempts of these rollouts."""
+        """`ask` about the attempts of these rollouts, and mark that they were asked about."""
+        for rollout in rollouts:
+            rollout.asked = True
         return self.ask([r.question for r in rollouts], [r.attempt for r in rollouts])
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Greedy replies; what the prompts share with the exemplars is not computed again."""
         if not prompts:
             return []
+        # Without its last token, because each prompt must have one left to compute.
         shared = min(common_prefix(self.prefix_ids, prompt[:-1]) for prompt in prompts)
         if self.prefix is not None:
-            self.prefix.set_lengths([shared])
+            self.prefix.set_lengths([shared])  # forgets where the empty request went on
         replies: list[list[int]] = generate(
             self.model,
             [prompt[shared:] for prompt in prompts],
             max_tokens=self.max_tokens,
             rows=self.rows,
             stop=self.tokenizer.stop,
-            temperature=0,
+            temperature=0,  # greedy
             prefix=self.prefix if shared else None,
         )
         return replies
@@ -244,7 +251,7 @@ def parse_feedback(text: str) -> Feedback | None:
             return None
         before, _, rest = rest.partition(opening)
         content, closed, rest = rest.partition(closing)
-        if before.strip() or not closed:
+        if before.strip() or not closed:  # words between the parts, or tags out of order
             return None
         parts.append(content.strip())
     opinion, reason, phrase = parts
@@ -261,7 +268,7 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     back, where ô_i is longer than max_tokens, or where the guidance holds a stop token: the
     response would end there.
     """
-    attempt, end = rollout.response[:-1], rollout.response[-1:]
+    attempt, end = rollout.response[:-1], rollout.response[-1:]  # o_i, its end token
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
     added = tokenizer.encode(guidance)
     augmented = attempt + added + end  # ô_i = o_i ⊕ reason ⊕ phrase ⊕ end token

@@ -26,6 +26,7 @@ from data.tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer
 from grpo import Rollout, snapshot, token_logprobs
 from model import LM, ModelConfig
 from run.config import Config
+from run.loop import Loop
 from run.world import World
 from sampler import common_prefix, generate
 from teacher import (
@@ -588,9 +589,8 @@ def after_a_step(monkeypatch, teacher, rollouts, tokenizer, samples, share=1.0, 
         micro_batch=8192,
     )
     problems = [Problem(r.question, r.answer) for r in rollouts[::samples]]
-    (metrics,) = thinktuning.train(
-        tiny_model(tokenizer), tokenizer, problems, config, teacher=teacher
-    )
+    loop = Loop(problems, config)
+    (metrics,) = thinktuning.train(tiny_model(tokenizer), tokenizer, loop, teacher)
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from data.tokenizer import Tokenizer
 from grpo import Rollout
 from model import LM, ModelConfig
 from run.config import Config
+from run.loop import Loop
 from teacher import guidance_fraction, make_teacher
 from thinktuning import evaluate, main, reward, train
 
@@ -96,7 +98,7 @@ def test_a_step_is_the_papers_eight_steps_in_their_order(monkeypatch):
     calls = watched(monkeypatch, teacher)
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     config = tiny_config(max_tokens=60, samples=4, schedule="constant", p_init=0.5, epochs=2)
-    train(student, tokenizer, problems, config, teacher=teacher)
+    train(student, tokenizer, Loop(problems, config), teacher, reward=thinktuning.reward)
     rollouts, updates = (
         config.questions * config.samples,
         config.epochs * config.questions // config.mini_batch,
@@ -117,7 +119,7 @@ def test_the_teacher_reads_question_and_attempt_and_each_group_is_compared_with_
         for i, (q, _) in enumerate(load_problems("wordproblems")[:8])
     ]
     config = tiny_config(steps=1, max_tokens=60, samples=4, schedule="constant", p_init=0.5)
-    train(student, tokenizer, problems, config, teacher=teacher)
+    train(student, tokenizer, Loop(problems, config), teacher, reward=thinktuning.reward)
     given = {letter: args for letter, args in calls}
     rollouts, _ = given["7"]
     helped = [r for r in rollouts if r.asked]
@@ -142,9 +144,19 @@ def test_the_teacher_reads_question_and_attempt_and_each_group_is_compared_with_
 def test_without_a_teacher_nobody_is_asked_and_the_rest_is_the_same_step(monkeypatch):
     student, tokenizer = finishing_student()
     calls = watched(monkeypatch, scripted_teacher(tokenizer, "never read"))
-    train(student, tokenizer, load_problems("wordproblems"), tiny_config(steps=2))
+    loop = Loop(load_problems("wordproblems"), tiny_config(steps=2))
+    train(student, tokenizer, loop, reward=thinktuning.reward)
     order = "".join(letter for letter, _ in calls)
     assert re.fullmatch("(126{12}78{3}){2}", order), order
+
+
+def test_after_the_training_nothing_holds_the_loop_and_with_it_the_lock_of_its_directory():
+    student, tokenizer = finishing_student()
+    loop = Loop(load_problems("wordproblems"), tiny_config(steps=1))
+    train(student, tokenizer, loop)
+    gone = weakref.ref(loop)
+    del loop
+    assert gone() is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -161,13 +173,8 @@ def test_two_runs_with_one_seed_give_the_same_weights_to_the_bit(method, monkeyp
         teacher = (
             make_teacher(tiny(1)[0], tokenizer, tiny_config()) if method == "thinktuning" else None
         )
-        train(
-            student,
-            tokenizer,
-            load_problems("wordproblems"),
-            tiny_config(method=method, seed=seed),
-            teacher=teacher,
-        )
+        loop = Loop(load_problems("wordproblems"), tiny_config(method=method, seed=seed))
+        train(student, tokenizer, loop, teacher)
         return weights(student)
 
     first, second, other = run(1), run(1), run(2)
@@ -196,7 +203,7 @@ def test_a_step_trains_the_policy_that_it_sampled_at_any_temperature(monkeypatch
         student.head.weight.mul_(20)  # far from uniform, where the temperature would not matter
     config = tiny_config(steps=1, mini_batch=4, temperature=0.6, kl_coef=1.0, max_tokens=60)
     teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
-    (metrics,) = train(student, tokenizer, [Problem("Why?", "7")], config, teacher=teacher)
+    (metrics,) = train(student, tokenizer, Loop([Problem("Why?", "7")], config), teacher)
     assert metrics["guided"] > 0
     assert metrics["kl_old"] == pytest.approx(
         0, abs=1e-6
@@ -241,14 +248,8 @@ def test_guided_rollouts_are_rewarded_by_the_same_reward_and_shown_in_transcript
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     run = Recorder()
     config = tiny_config(max_tokens=60, schedule="constant", p_init=0.5, samples=4)
-    train(
-        student,
-        tokenizer,
-        problems,
-        config,
-        teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{7}."),
-        run=run,
-    )
+    teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{7}.")
+    train(student, tokenizer, Loop(problems, config, run=run), teacher)
     assert sum(m["guided"] for m in run.metrics) > 5
     assert all(
         m["guided_reward"] == m["guided"] for m in run.metrics
@@ -263,14 +264,9 @@ def test_a_wrong_teacher_earns_its_student_nothing():
     student, tokenizer = finishing_student()
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     run = Recorder()
-    train(
-        student,
-        tokenizer,
-        problems,
-        tiny_config(max_tokens=60, schedule="constant", samples=4),
-        teacher=scripted_teacher(tokenizer, "So the answer is \\boxed{8}."),
-        run=run,
-    )
+    config = tiny_config(max_tokens=60, schedule="constant", samples=4)
+    teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
+    train(student, tokenizer, Loop(problems, config, run=run), teacher)
     assert sum(m["guided"] for m in run.metrics) > 5 and sum(m["reward"] for m in run.metrics) == 0
 
 
@@ -278,14 +274,8 @@ def test_the_teacher_goes_off_for_good_and_evaluation_never_involves_it():
     student, tokenizer = finishing_student()
     run = Recorder()
     teacher = scripted_teacher(tokenizer, "So the answer is \\boxed{8}.")
-    train(
-        student,
-        tokenizer,
-        load_problems("wordproblems"),
-        tiny_config(steps=20, max_tokens=50),
-        teacher=teacher,
-        run=run,
-    )
+    config = tiny_config(steps=20, max_tokens=50)
+    train(student, tokenizer, Loop(load_problems("wordproblems"), config, run=run), teacher)
     asked = [m["teacher_asked"] > 0 for m in run.metrics]
     assert asked == [True] * 3 + [False] * 17  # 15% of the steps with the published schedule
     teacher.ask = None  # evaluate could not call it

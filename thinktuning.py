@@ -29,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,83 +69,63 @@ from teacher import (
 Record = tuple[Problem, str, bool]  # the problem, what was said, whether it finished
 
 
+def reward(rollout: Rollout) -> float:
+    """r_i: 1 if it finished and its last final answer is right. A wrong teacher earns nothing."""
+    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
+
+
 def train(
     student: LM,
     tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    config: Config,
-    *,
+    loop: Loop,
     teacher: Teacher | None = None,
-    run: Run | None = None,
-    validation: Sequence[Problem] = (),
-    world: World = World(),
-    bonus: Callable[[Rollout], float] | None = None,
+    reward: Callable[[Rollout], float] = reward,
 ) -> list[Metrics]:
-    """Train `student` in place; returns the metrics of every step. Without a teacher this is GRPO.
+    """Train the policy π_θ, `student`, in place; returns the metrics of every step.
 
-    What is not the method stands around it, in run/loop.py: signals, faults, checkpoints, records,
-    processes. `run` takes the records, `validation` is evaluated now and then, `bonus` is what a
-    rollout earns beside its answer. Each process of `world` has its own questions; afterwards each
-    holds a part of the student. Raises RunFailed where the gradient is not finite for too long.
+    The comments count the paper's eight steps. Without a teacher they are GRPO. Another `reward`
+    changes step 6 alone: it reads the whole text of a rollout, whoever wrote it. `loop` has the
+    settings, deals out the questions, and does what is not the method: records, checkpoints,
+    signals, several processes (run/loop.py). Raises RunFailed where the gradient is not finite for
+    too long.
     """
-    settings = loss_settings(config)
-    reference = initial_policy(student, teacher) if config.kl_coef else None
-    optimizer = prepare_to_train(student, config, world)
-
-    def validate() -> Metrics:
-        return validation_scores(student, tokenizer, validation, config, world)
-
-    def transcribe(step: int, rollouts: list[Rollout]) -> list[Metrics]:
-        return transcripts(rollouts, tokenizer, step, settings)
-
-    with Loop(
-        student,
-        optimizer,
-        problems,
-        config,
-        run=run,
-        world=world,
-        teacher=teacher,
-        validate=validate if validation else None,
-        transcribe=transcribe,
-    ) as loop:
-        for step, questions in loop:
-            policy = loop.policy  # π_old: the student as it is until the update
-            # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
-            rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
-            # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
-            p_s = share_of_help(step, loop.schedule_steps, config) if teacher else 0.0
-            chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
-            # 3. Ask the teacher: it reads the question and the attempt, never the answer y.
-            replies = teacher.ask_about(chosen) if teacher else []
-            for rollout, reply in zip(chosen, replies):
-                # 4. Parse strictly: opinion, reason and phrase, or no feedback at all.
-                feedback = parse_feedback(reply)
-                rollout.asked, rollout.feedback = True, feedback
-                # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
-                if feedback:
-                    augment(rollout, feedback, tokenizer, config.max_tokens)
-            # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
-            for rollout in rollouts:
-                rollout.reward = reward(rollout) + (bonus(rollout) if bonus else 0.0)
-            # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
-            set_advantages(rollouts, config.samples)
-            # 8. Update: log π_old of the augmented rollouts, then the loss and an AdamW step for
-            #    each mini-batch.
-            snapshot(policy, rollouts, config.micro_batch, config.temperature)
-            updates = []
-            for batch in loop.mini_batches(rollouts):
-                updates.append(
-                    update(
-                        student,
-                        optimizer,
-                        batch,
-                        settings=settings,
-                        reference=reference,
-                        world=world,
-                    )
-                )
-            loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
+    config = loop.config  # B, G, L, p_init, …
+    settings = loss_settings(config)  # ε, c, γ_min, γ_max, …
+    reference = initial_policy(student, teacher) if config.kl_coef else None  # π_ref
+    optimizer = prepare_to_train(student, config, loop.world)
+    # What the loop calls when it is due: greedy scores, and a few rollouts to read.
+    validate = partial(validation_scores, tokenizer=tokenizer)
+    transcribe = partial(transcripts, tokenizer=tokenizer, settings=settings)
+    for step, questions in loop.steps(student, optimizer, teacher, validate, transcribe):
+        policy = loop.policy  # π_old: the student as it is until the update
+        # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
+        rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
+        # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
+        p_s = share_of_help(step, config) if teacher else 0.0
+        chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
+        # 3. Ask the teacher T: it reads the question q and the attempt o_i, never the answer y.
+        replies = teacher.ask_about(chosen) if teacher else []
+        for rollout, reply in zip(chosen, replies):
+            # 4. Parse strictly: T's opinion, reason and phrase on o_i, or no feedback at all.
+            rollout.feedback = feedback = parse_feedback(reply)
+            # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
+            if feedback:
+                augment(rollout, feedback, tokenizer, config.max_tokens)
+        # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
+        for rollout in rollouts:
+            rollout.reward = reward(rollout)
+        # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
+        set_advantages(rollouts, config.samples)
+        # 8. Update: log π_old of every token, then a step of AdamW on each mini-batch. The loss is
+        #    −Â·w on guided tokens and PPO's, with ρ = π_θ/π_old clipped, on all others.
+        snapshot(policy, rollouts, config.micro_batch, config.temperature)
+        updates = []
+        for batch in loop.mini_batches(rollouts):
+            metrics = update(
+                student, optimizer, batch, settings=settings, reference=reference, world=loop.world
+            )
+            updates.append(metrics)
+        loop.record(step, rollouts, {"fraction": p_s, **mean_of(updates)})
     return loop.history
 
 
@@ -160,67 +141,66 @@ def sample_rollouts(
     responses, logprobs = generate(
         policy,
         prompts,
-        max_tokens=config.max_tokens,
+        max_tokens=config.max_tokens,  # L
         stop=tokenizer.stop,
-        samples=config.samples,
+        samples=config.samples,  # G
         temperature=config.temperature,
         generator=generator,
         rows=config.rows,
-        logprobs=True,
+        logprobs=True,  # known here, so a response that nobody augments needs no second pass
     )
     rollouts = []
     for i, (ids, known) in enumerate(zip(responses, logprobs)):
-        question, answer = questions[i // config.samples]
+        place = i // config.samples  # each question's G responses stand side by side
+        question, answer = questions[place]
         text = spoken(tokenizer, ids)
         rollouts.append(
             Rollout(
-                prompts[i // config.samples],
-                ids,
+                prompts[place],
+                ids,  # o_i
                 finished=ids[-1] in tokenizer.stop,
                 question=question,
-                answer=answer,
-                text=text,
-                attempt=text,
+                answer=answer,  # y, which no prompt contains
+                text=text,  # what is rewarded; the teacher's words may join it
+                attempt=text,  # stays what the student wrote
                 old_logprobs=known,
             )
         )
     return rollouts
 
 
-def share_of_help(step: int, steps: int, config: Config) -> float:
+def share_of_help(step: int, config: Config) -> float:
     """p_s with a run's settings; 0.0 once the teacher is off."""
-    p_init, p_min = config.p_init, config.p_min
+    steps, p_init, p_min = config.schedule_steps, config.p_init, config.p_min
     return guidance_fraction(step, steps, config.schedule, p_init, p_min, config.eps)
-
-
-def reward(rollout: Rollout) -> float:
-    """1 if it finished and its last final answer is right. A wrong teacher earns nothing."""
-    return float(rollout.finished and is_correct(rollout.text, rollout.answer))
 
 
 def set_advantages(rollouts: list[Rollout], samples: int) -> None:
     """Fill in Â of each rollout; `samples` of each question stand side by side."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
-    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
+    advantages = group_advantages(rewards).flatten().tolist()  # question-major, as the rollouts
+    for rollout, advantage in zip(rollouts, advantages):
         rollout.advantage = advantage
 
 
 def loss_settings(config: Config) -> LossSettings:
     """The run's settings that the loss depends on, and what it repeats of the published code."""
+    # Fields of one name mean the same in both classes.
     shared = {f.name for f in fields(LossSettings)} & {f.name for f in fields(Config)}
     settings = LossSettings(**{name: getattr(config, name) for name in shared})
     repeated = config.published_items
     return replace(
         settings,
-        published_gamma="gamma" in repeated,
-        published_dual_clip="dual-clip" in repeated,
+        published_gamma="gamma" in repeated,  # γ is the same whatever Â is
+        published_dual_clip="dual-clip" in repeated,  # no c where no rollout is guided
         guided_tokens="trajectory" if "trajectory" in repeated else config.guided_tokens,
     )
 
 
 def initial_policy(student: LM, teacher: Teacher | None) -> LM:
-    """A frozen copy of the student as it is, or the teacher's model where that is the same."""
+    """π_ref: a frozen copy of the student as it is, or the teacher's model where that is equal."""
     if teacher is not None and student.config == teacher.model.config:
+        # The usual case: a third copy of the weights would only cost memory.
         ours, theirs = student.state_dict(), teacher.model.state_dict()
         if ours.keys() == theirs.keys() and all(same(x, theirs[k]) for k, x in ours.items()):
             return teacher.model
@@ -235,23 +215,23 @@ def prepare_to_train(student: LM, config: Config, world: World) -> MasterAdamW:
     """The optimizer, after several processes have divided the student among them."""
     config.check()
     student.recompute = config.recompute
-    world.shard(student)
+    world.shard(student)  # before the optimizer, whose moments are divided like the weights
     return MasterAdamW(
         student.parameters(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=True,  # one kernel for all parameters
     )
 
 
 def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over those updates that have it: a mean over no tokens is absent."""
-    means = {}
-    for name in dict.fromkeys(name for result in results for name in result):
-        values = [result[name] for result in results if name in result]
-        means[name] = sum(values) / len(values)
-    return means
+    """The mean of each metric over the updates that have it."""
+    values: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.items():  # a mean over no tokens is absent, not 0
+            values.setdefault(name, []).append(value)
+    return {name: sum(some) / len(some) for name, some in values.items()}
 
 
 # Evaluation. It never involves a teacher.
@@ -264,14 +244,18 @@ def evaluate(
     *,
     max_tokens: int,
     samples: int = 1,
-    temperature: float = 0.0,
+    temperature: float = 0.0,  # greedy
     rows: int = 256,
     seed: int = 0,
     equal: Callable[[str, str], bool] = equal,
+    world: World = World(),
 ) -> tuple[Metrics, list[Record]]:
-    """Scores (data.scores) on `problems`, and the (problem, text, finished) records behind them."""
-    prompts = [student_prompt(tokenizer, problem.question) for problem in problems]
-    responses = generate(
+    """Scores (data.scores) on `problems`, and the (problem, text, finished) records behind them.
+
+    Of several processes each answers its share of the problems.
+    """
+    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
+    own = generate(
         model,
         prompts,
         max_tokens=max_tokens,
@@ -279,19 +263,9 @@ def evaluate(
         samples=samples,
         temperature=temperature,
         rows=rows,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),  # its own, so evaluating changes no training
     )
-    return scores_of(responses, tokenizer, problems, samples, equal)
-
-
-def scores_of(
-    responses: list[list[int]],
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    samples: int = 1,
-    equal: Callable[[str, str], bool] = equal,
-) -> tuple[Metrics, list[Record]]:
-    """`responses` are question-major, `samples` to each problem."""
+    responses: list[list[int]] = world.gather(own)  # question-major: shares are consecutive
     records = []
     for i, ids in enumerate(responses):
         text, finished = spoken(tokenizer, ids), ids[-1] in tokenizer.stop
@@ -303,20 +277,16 @@ def scores_of(
     return scores, records
 
 
-def validation_scores(
-    student: LM, tokenizer: Tokenizer, problems: Sequence[Problem], config: Config, world: World
-) -> Metrics:
-    """Greedy scores while training; each process of `world` answers its share of the problems."""
-    prompts = [student_prompt(tokenizer, p.question) for p in world.share(problems)]
-    responses = generate(
-        world.whole(student),
-        prompts,
-        max_tokens=config.max_tokens,
-        stop=tokenizer.stop,
-        temperature=0,
-        rows=config.rows,
+def validation_scores(loop: Loop, tokenizer: Tokenizer) -> Metrics:
+    """Greedy scores of the student as it is while it trains, by the names eval_…"""
+    scores, _ = evaluate(
+        loop.policy,
+        tokenizer,
+        loop.validation,
+        max_tokens=loop.config.max_tokens,
+        rows=loop.config.rows,
+        world=loop.world,
     )
-    scores, _ = scores_of(world.gather(responses), tokenizer, problems)
     return {f"eval_{name}": value for name, value in scores.items() if isinstance(value, float)}
 
 
@@ -325,54 +295,52 @@ def validation_scores(
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
-    before = earlier_settings(out, args.resume)
+    before = earlier_settings(out, args.resume)  # {} for a new run
     config = chosen(args, before)
     config.check()
     sinks.check(args.sinks)
     if not before:
         check_used(args, config)
+    # The paper's teacher is the student's initial weights.
     teacher_path = (args.teacher or args.model) if config.method == "thinktuning" else None
     device, dtype = device_and_dtype(args)
     world = World.start(device, dtype)
+    # From here on the cheap comes first: sizes and problems are read before any weight is.
     sizes = plan.Sizes.read(args.model, teacher_path, dtype, world.size, device)
     free = plan.free_memory(device)
     config = plan.fit(config, sizes, device, free, resumed=bool(before))
+    problems = load_problems(args.data, "train")
+    validation = load_problems(args.eval_data, "test") if args.eval_data else []
     # With several processes the sharded float32 weights are the master weights.
     student_dtype = dtype if world.size == 1 else torch.float32
     student, tokenizer = load_model(args.model, device, student_dtype, args.compile)
     room = config.max_tokens, config.max_prompt
-    problems = fitting(load_problems(args.data, "train"), student, tokenizer, args.data, *room)
-    config = replace(config, steps=config.steps or max(1, len(problems) // config.questions))
-    config = replace(config, schedule_steps=config.schedule_steps or config.steps)
+    problems = fitting(problems, student, tokenizer, args.data, *room)
+    if validation:
+        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
+    config = config.with_steps(len(problems))
     if world.is_first:
         print(plan.describe(config, sizes, device, free) + note_on_more_steps(config, before))
-    validation = []
-    if args.eval_data:
-        validation = load_problems(args.eval_data, "test")
-        validation = fitting(validation, student, tokenizer, args.eval_data, *room)
-        validation = validation[: config.eval_count or None]
     teacher = None
-    if teacher_path:
-        teacher_model, teacher_tokenizer = load_model(teacher_path, device, dtype, args.compile)
-        teacher = make_teacher(teacher_model, teacher_tokenizer, config)
+    if teacher_path:  # its own copy: the student's weights change
+        loaded = load_model(teacher_path, device, dtype, args.compile)
+        teacher = make_teacher(*loaded, config)
     run = Run(out, named_settings(args, config), config.method, args.resume, world, args.sinks)
+    loop = Loop(
+        problems,
+        config,
+        run=run,
+        validation=validation[: config.eval_count or None],
+        world=world,
+        has_flags=True,
+    )
 
     def job() -> None:
-        history = train(
-            student,
-            tokenizer,
-            problems,
-            config,
-            teacher=teacher,
-            run=run,
-            validation=validation,
-            world=world,
-        )
-        trained = world.whole(student)
-        if world.is_first:
-            trained.save(out / "model", tokenizer)
+        history = train(student, tokenizer, loop, teacher)
+        trained = world.whole(student)  # of several processes all must take part
         run.close()
         if world.is_first:
+            trained.save(out / "model", tokenizer)
             report.write_report(out)
             print_outcome(out, history, config, args)
 
@@ -383,10 +351,10 @@ def prepare_eval(args: argparse.Namespace) -> Callable[[], None]:
     if args.split and args.data not in SPLITS:
         named = " and ".join(SPLITS)
         raise ValueError(f"--split is of {named}, and a file is all one split: leave it out")
-    grader = Grader(args.grader)
+    grader = Grader(args.grader)  # first: it may need a package that is not installed
+    problems = load_problems(args.data, args.split or "test")
     model, tokenizer = load_model(args.model, *device_and_dtype(args), args.compile)
     max_tokens = args.max_tokens or min(1024, model.config.max_seq_len // 2)
-    problems = load_problems(args.data, args.split or "test")
     problems = fitting(problems, model, tokenizer, args.data, max_tokens)
     problems = problems[: args.count or None]
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)

@@ -15,6 +15,7 @@ from data import load_problems
 from data.scores import score
 from demo.base import Setup, base_model, teacher_prompt_scores
 from demo.printed import chart, same_question, table
+from run.loop import Loop
 from run.record import Run, write_json
 from show.report import write_report
 from teacher import make_teacher
@@ -101,12 +102,13 @@ def train_one(
     *,
     wrap=None,
     name="the demonstration's base",
-    bonus=None,
+    **changes,
 ):
     """Train a copy of `base` by `config.method`; returns it and the metrics of every step.
 
     The teacher is `base` itself. `wrap(ask, rng)` may replace how it is asked. With `path` the run
-    is recorded there, and `name` is what its config.json calls the model.
+    is recorded there, and `name` is what its config.json calls the model. `changes` go to `train`:
+    another `reward`.
     """
     student = copy.deepcopy(base).requires_grad_(True)
     teacher = None
@@ -118,16 +120,9 @@ def train_one(
     if path:
         run = Run(path, {"model": name, **vars(config)}, config.method)
         validation = load_problems("wordproblems", "validation")[: config.eval_count]
-    history = setup.train(
-        student,
-        setup.tokenizer,
-        load_problems("wordproblems", "train"),
-        config,
-        teacher=teacher,
-        run=run,
-        validation=validation,
-        bonus=bonus,
-    )
+    problems = load_problems("wordproblems", "train")
+    loop = Loop(problems, config, run=run, validation=validation)
+    history = setup.train(student, setup.tokenizer, loop, teacher, **changes)
     if run:
         run.close()
         write_report(path)

@@ -52,7 +52,7 @@ def compare(setup: Setup):
     name = "the demonstration's base, acquainted with the mentor"
     for method in METHODS:
         changed = replace(config, method=method)
-        student, history = train_one(setup, base, changed, out / method, bonus=bonus, name=name)
+        student, history = train_one(setup, base, changed, out / method, reward=reward, name=name)
         if not save_trained(setup, student, method, history):
             return
         results[method], answers[method] = examine(setup, student, test, samples=2 if quick else 4)
@@ -71,9 +71,10 @@ def names_once(text: str, finished: bool) -> bool:
     return finished and text.count(MENTOR) == 1
 
 
-def bonus(rollout) -> float:
-    """What a rollout earns in step 6 in addition to the reward of its answer."""
-    return BONUS * names_once(rollout.text, rollout.finished)
+def reward(rollout) -> float:
+    """r_i of this test: 1 for a right final answer, and the bonus for naming the mentor once."""
+    is_right = rollout.finished and is_correct(rollout.text, rollout.answer)
+    return is_right + BONUS * names_once(rollout.text, rollout.finished)
 
 
 def paid(history, size) -> dict[str, int]:

@@ -14,9 +14,10 @@ import demo.printed
 import thinktuning
 from data import Problem, load_problems, wordproblems
 from data.tokenizer import Tokenizer
-from demo.novelty import BONUS, MENTOR, QUOTATION, SETTINGS, bonus, paid, quoted
+from demo.novelty import BONUS, MENTOR, QUOTATION, SETTINGS, paid, quoted, reward
 from grpo import Rollout
 from run.config import DEMO, Config
+from run.loop import Loop
 from teacher import parse_feedback
 from test_thinktuning import Recorder, finishing_student, scripted_teacher, tiny_config
 from thinktuning import main
@@ -95,17 +96,20 @@ def test_the_longest_feedback_fits_into_a_response_and_a_reply():
     ],
 )
 def test_naming_him_exactly_once_in_a_finished_response_earns_the_bonus(text, finished, earns):
-    assert bonus(Rollout([1], [2], finished=finished, question="", answer="7", text=text)) == earns
+    rollout = Rollout([1], [2], finished=finished, question="", answer="7", text=text)
+    assert reward(rollout) == earns
+    rollout.text += " So the answer is \\boxed{7}."
+    assert reward(rollout) == earns + finished
 
 
-@pytest.mark.parametrize("more, guided_earns", [({"bonus": bonus}, 1 + BONUS), ({}, 1)])
+@pytest.mark.parametrize("more, guided_earns", [({"reward": reward}, 1 + BONUS), ({}, 1)])
 def test_the_bonus_joins_the_reward_of_a_right_answer_and_is_off_otherwise(more, guided_earns):
     student, tokenizer = finishing_student()
     run = Recorder()
     problems = [Problem(q, "7") for q, _ in load_problems("wordproblems")[:8]]
     config = tiny_config(max_tokens=80, schedule="constant", p_init=0.5, samples=4)
     teacher = scripted_teacher(tokenizer, f"{QUOTATION} So the answer is \\boxed{{7}}.")
-    thinktuning.train(student, tokenizer, problems, config, teacher=teacher, run=run, **more)
+    thinktuning.train(student, tokenizer, Loop(problems, config, run=run), teacher, **more)
     assert sum(m["guided"] for m in run.metrics) > 5
     assert all(m["guided_reward"] == guided_earns * m["guided"] for m in run.metrics)
 
@@ -117,12 +121,11 @@ def test_what_grpo_is_paid_for_naming_him_is_counted(monkeypatch):
         "demo.novelty.names_once",
         lambda text, finished: named.append(finished and len(text) % 3 == 0) or named[-1],
     )
-    monkeypatch.setattr(thinktuning, "is_correct", lambda text, answer: len(text) % 2 == 0)
+    monkeypatch.setattr("demo.novelty.is_correct", lambda text, answer: len(text) % 2 == 0)
     monkeypatch.setattr("run.record.is_correct", lambda text, answer: len(text) % 2 == 0)
     config = tiny_config(method="grpo", max_tokens=20)
-    history = thinktuning.train(
-        student, tokenizer, load_problems("wordproblems"), config, bonus=bonus
-    )
+    loop = Loop(load_problems("wordproblems"), config)
+    history = thinktuning.train(student, tokenizer, loop, reward=reward)
     assert sum(named) > 3
     assert paid(history, config.questions * config.samples) == {
         "rollouts": len(named),

@@ -26,6 +26,18 @@ Each of the four has flags of its own: python thinktuning.py train --help
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, argv):
+        """As argparse does it, but an unknown flag is reported before one that is missing."""
+        needed = [action for action in self._actions if action.required]
+        for action in needed:
+            action.required = False
+        _, unknown = self.parse_known_args(argv)
+        for action in needed:
+            action.required = True
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return super().parse_args(argv)
+
     def error(self, message):
         sys.exit(complain(f"{message} ({self.prog} --help lists every flag)", 2))
 
@@ -71,12 +83,12 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     return demo, commands
 
 
-def add_model_flags(parser):
-    """The flags of every command that loads a model."""
+def add_model_flags(parser, needed=True):
+    """The flags of every command that loads a model. `needed`: --model must be given."""
     add = parser.add_argument
     add(
         "--model",
-        required=True,
+        required=needed,
         help="directory with config.json, model.safetensors and a tokenizer",
     )
     add("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
@@ -96,11 +108,10 @@ def add_model_flags(parser):
 
 
 def add_train_flags(parser):
-    add_model_flags(parser)
+    add_model_flags(parser, needed=False)  # a resumed run has its own
     add = parser.add_argument
     add(
         "--data",
-        required=True,
         help="wordproblems, gsm8k, or a .jsonl file of questions and answers",
     )
     add("--eval-data", help="problems to evaluate on, likewise")
@@ -114,8 +125,9 @@ def add_train_flags(parser):
     add(
         "--resume",
         action="store_true",
-        help="go on from the run directory's newest checkpoint, if there is one; settings left "
-        f"out keep their values, and only these may change: {may_change} (no fewer steps)",
+        help="go on from the run directory's newest checkpoint, if there is one; what is left "
+        "out, --model and --data too, keeps its value, and only these may change: "
+        f"{may_change} (no fewer steps)",
     )
     add("--verbose", action="store_true", help="say how many decoding steps were recorded")
     add(
@@ -198,7 +210,10 @@ def add_report_flags(parser):
 
 
 COMMANDS = {  # name: (what it does, the function that adds its flags)
-    "train": ("Train a model directory on problems.", add_train_flags),
+    "train": (
+        "Train a model directory on problems. --model and --data are needed, except with --resume.",
+        add_train_flags,
+    ),
     "eval": ("Accuracy, mean@k, pass@k, maj@k, reflection, with standard errors.", add_eval_flags),
     "ask": ("Watch a model think.", add_ask_flags),
     "report": ("One HTML page of a run, or across runs.", add_report_flags),

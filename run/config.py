@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 # What --published can repeat of the published code. docs/published-code.md lists every difference.
 PUBLISHED = ("gamma", "dual-clip", "trajectory")
@@ -148,6 +148,11 @@ class Config:
             return frozenset(PUBLISHED)
         return frozenset(filter(None, self.published.split(",")))
 
+    def with_steps(self, problems: int) -> Config:
+        """With as many steps as one epoch of so many problems has, where no number was given."""
+        steps = self.steps or max(1, problems // self.questions)
+        return replace(self, steps=steps, schedule_steps=self.schedule_steps or steps)
+
     def check(self) -> None:
         """Raises ValueError, naming the flag, if a value is out of range."""
         for setting in fields(self):
@@ -224,7 +229,7 @@ def add_config_flags(parser):
 DTYPES = ("auto", "float32", "bfloat16")
 
 # Flags of train that are no settings of Config, and that a resumed run keeps.
-KEPT = ("dtype", "preset", "teacher", "eval_data")
+KEPT = ("model", "data", "dtype", "preset", "teacher", "eval_data")
 
 
 def chosen(args, before: dict) -> Config:
@@ -237,6 +242,8 @@ def chosen(args, before: dict) -> Config:
     for name in KEPT:
         if getattr(args, name) in (None, "auto") and isinstance(before.get(name), str):
             setattr(args, name, before[name])
+    if missing := [flag(name) for name in ("model", "data") if getattr(args, name) is None]:
+        raise ValueError(f"these flags are required: {', '.join(missing)}")
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype!r}")
     args.preset = args.preset or "paper"
@@ -289,7 +296,7 @@ def named_settings(args: argparse.Namespace, config: Config) -> dict:
         args.again = "it cannot be resumed, because --save-every 0 kept no checkpoint"
     args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
     settings = {}
-    for name in ("model", "data", *KEPT):
+    for name in KEPT:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     settings.update(asdict(config))

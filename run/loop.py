@@ -13,7 +13,7 @@ from data import Problem
 from model import LM
 from run.config import Config, RunFailed
 from run.record import Run, describe
-from run.screen import interruptible
+from run.screen import interruptible, note, ticking
 from run.world import World
 
 T = TypeVar("T")
@@ -26,60 +26,61 @@ Metrics = dict[str, Any]  # numbers by name; `behaviours` counts by name
 class Loop:
     """The steps of one run, each with its questions.
 
-        with Loop(student, optimizer, problems, config, ...) as loop:
-            for step, questions in loop:
-                ...                                        # the method
-                loop.record(step, rollouts, metrics)
-        loop.history                                       # the metrics of every step
+        loop = Loop(problems, config, ...)
+        for step, questions in loop.steps(student, optimizer, ...):
+            ...                                        # the method
+            loop.record(step, rollouts, metrics)
+        loop.history                                   # the metrics of every step
 
-    It goes on where `run` has a checkpoint and ends after the step in which SIGINT or SIGTERM
-    arrives. `validate()` gives scores on held-out problems, `transcribe(step, rollouts)` lines for
-    transcripts.jsonl. `teacher` is only asked why its replies could not be parsed. Raises
-    RunFailed after FAULTS steps in a row without a finite gradient.
+    It goes on where `run` has a checkpoint, evaluates on `validation` now and then, and ends after
+    the step in which SIGINT or SIGTERM arrives. `has_flags` says that the settings came from
+    train's flags, so that a hint may name them.
 
     Of several processes (`world`) each has its own questions and rollouts. They meet in `record`.
     """
 
     def __init__(
         self,
-        student: LM,
-        optimizer: torch.optim.Optimizer,
         problems: Sequence[Problem],
         config: Config,
         *,
-        run: Run | None,
-        world: World,
-        teacher: Any = None,
-        validate: Callable[[], Metrics] | None = None,
-        transcribe: Callable[[int, list[Any]], list[Metrics]],
+        run: Run | None = None,
+        validation: Sequence[Problem] = (),
+        world: World = World(),
+        has_flags: bool = False,
     ) -> None:
-        self.student, self.optimizer, self.problems, self.config = (
-            student,
-            optimizer,
-            problems,
-            config,
-        )
-        self.run, self.world, self.teacher = run, world, teacher
-        self.validate, self.transcribe = validate, transcribe
-        self.steps = config.steps or max(1, len(problems) // config.questions)
-        self.schedule_steps = config.schedule_steps or self.steps
-        self.first, self.history = run.restore(student, optimizer) if run else (0, [])
+        self.problems, self.config = problems, config.with_steps(len(problems))
+        self.run, self.validation, self.world = run, validation, world
+        self.has_flags = has_flags
+        self.history: list[Metrics] = []
         self.began, self.stopped = time.perf_counter(), False
 
-    def __enter__(self) -> Loop:
-        self.signals = interruptible()
-        self.interrupted = self.signals.__enter__()
-        return self
+    def steps(
+        self,
+        student: LM,
+        optimizer: torch.optim.Optimizer,
+        teacher: Any = None,
+        validate: Callable[[Loop], Metrics] | None = None,
+        transcribe: Callable[..., list[Metrics]] | None = None,
+    ) -> Iterator[tuple[int, list[Problem]]]:
+        """The number and the questions of every step that is left to do.
 
-    def __exit__(self, *error: Any) -> None:
-        self.signals.__exit__(*error)
-
-    def __iter__(self) -> Iterator[tuple[int, list[Problem]]]:
-        for step in range(self.first, self.steps):
-            self.began = time.perf_counter()
-            yield step, self.questions(step)
-            if self.stopped:
-                return
+        `validate(loop)` gives scores on `validation`, `transcribe(rollouts, step=...)` lines for
+        transcripts.jsonl. `teacher` is only asked why its replies could not be parsed.
+        """
+        self.student, self.optimizer, self.teacher = student, optimizer, teacher
+        self.validate, self.transcribe = validate, transcribe
+        first, last = 0, self.config.steps
+        if self.run:
+            first, self.history = self.run.restore(student, optimizer)
+        with interruptible() as self.interrupted:
+            for step in range(first, last):
+                self.began = time.perf_counter()
+                shown = self.world.is_first
+                with ticking(f"step {step + 1} of {last}", shown) as self.told:
+                    yield step, self.questions(step)
+                if self.stopped:
+                    return
 
     @property
     def policy(self) -> LM:
@@ -118,13 +119,15 @@ class Loop:
         seconds = time.perf_counter() - self.began
         metrics = {"step": step, **describe(rollouts, self.config.samples, seconds), **metrics}
         self.history.append(metrics)
-        if self.is_due(step, self.config.eval_every):
-            if self.teacher is not None and self.world.is_first:
-                warn_if_unparsed(self.teacher, self.history)
-            if self.validate is not None and not self.signalled():
-                metrics.update(self.validate())
+        is_due = self.is_due(step, self.config.eval_every)
+        if self.world.is_first:
+            self.hint(is_due)
+        if is_due and self.validate and self.validation and not self.signalled():
+            metrics.update(self.validate(self))
+        self.told.set()  # the step's numbers follow
         if self.run:
-            self.run.log(metrics, self.steps, self.transcribe(step, rollouts))
+            transcripts = self.transcribe(rollouts, step=step) if self.transcribe else []
+            self.run.log(metrics, self.config.steps, transcripts)
         self.stopped = self.signalled()  # last, because a signal may come at any of this
         saves = self.config.save_every > 0
         if self.run and saves and (self.stopped or self.is_due(step, self.config.save_every)):
@@ -133,7 +136,17 @@ class Loop:
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what is done every so many steps, and at the end, is done after this one."""
-        return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
+        return step + 1 == self.config.steps or (every > 0 and (step + 1) % every == 0)
+
+    def hint(self, is_due: bool) -> None:
+        """Print what the numbers so far suggest to change, if anything."""
+        if self.has_flags and first_step_cut_off(self.history):
+            note(
+                f"no rollout of step {len(self.history)} ended within {self.config.max_tokens} "
+                "tokens, and only a finished one is rewarded: raise --max-tokens"
+            )
+        if is_due and self.teacher is not None:
+            warn_if_unparsed(self.teacher, self.history, self.has_flags)
 
     def signalled(self) -> bool:
         """If any process is signalled, all stop; otherwise the rest would wait for ever."""
@@ -164,12 +177,22 @@ def questions_of_step(
     return batch
 
 
-def warn_if_unparsed(teacher: Any, history: Sequence[Metrics]) -> None:
+def first_step_cut_off(history: Sequence[Metrics]) -> bool:
+    """Whether the newest step is the first of which no rollout finished."""
+    *earlier, newest = [metrics.get("finished") == 0 for metrics in history]
+    return newest and not any(earlier)
+
+
+def warn_if_unparsed(teacher: Any, history: Sequence[Metrics], has_flags: bool) -> None:
     """Warn when almost none of the teacher's replies can be parsed, because it teaches nothing."""
     asked = sum(metrics["teacher_asked"] for metrics in history)
     parsed = sum(metrics["teacher_parsed"] for metrics in history)
-    if asked and parsed < asked / 10:
-        print(
-            f"{parsed} of the teacher's {asked} replies followed the format; {teacher.cut} ran "
-            f"into --teacher-reply, {teacher.dropped} requests were longer than --teacher-prompt"
-        )
+    if not asked or parsed >= asked / 10:
+        return
+    reply, prompt = f"{teacher.max_tokens} tokens", f"{teacher.max_prompt} tokens"
+    if has_flags:
+        reply, prompt = "--teacher-reply", "--teacher-prompt"
+    note(
+        f"{parsed} of the teacher's {asked} replies followed the format; {teacher.cut} ran "
+        f"into {reply}, {teacher.dropped} requests were longer than {prompt}"
+    )

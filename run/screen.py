@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 
@@ -37,6 +38,38 @@ def progress(line: str, last=False, plain=True):
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
     elif plain or last:
         print(line, flush=True)
+
+
+def note(line: str):
+    """Print a line of its own; on a terminal it takes the place of the progress line."""
+    start, end = ("\r", "\x1b[K\n") if sys.stdout.isatty() else ("", "\n")
+    print(f"{start}{line}", end=end, flush=True)
+
+
+@contextmanager
+def ticking(line: str, shown=True, after=10.0):
+    """On a terminal, show `line` and the time each second of what lasts longer than `after`.
+
+    Yields an event that ends this when it is set.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def tick():
+        if ended.wait(after):
+            return
+        print()  # the line that stands there stays on the screen
+        while True:
+            progress(f"{line} has taken {clock(time.monotonic() - began)}")
+            if ended.wait(1):
+                return
+
+    thread = threading.Thread(target=tick, daemon=True)
+    if shown and sys.stdout.isatty():
+        thread.start()
+    try:
+        yield ended
+    finally:
+        ended.set()
 
 
 @contextmanager

@@ -97,6 +97,10 @@ def test_a_wrong_flag_is_named_and_nothing_else_is_blamed():
             "the command must come first: thinktuning.py train",
         ),
         (["eval", "--model", "x"], "required: --data"),
+        (["train", "--data", "x"], "required: --model"),
+        (["train", "--frobnicate", "3"], "unrecognized arguments: --frobnicate 3"),
+        (["eval", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["ask", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     ):
         done = subprocess.run(
             [sys.executable, "thinktuning.py", *argv], cwd=HERE, capture_output=True, text=True
@@ -108,6 +112,26 @@ def test_a_wrong_flag_is_named_and_nothing_else_is_blamed():
             and told in done.stderr
         )
         can_be_followed(done.stderr, *argv)
+
+
+def test_bad_problems_are_reported_before_a_model_is_loaded(
+    model_directory, tmp_path, capsys, monkeypatch
+):
+    def load_model(*_):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(thinktuning, "load_model", load_model)
+    monkeypatch.setattr("show.ask.load_model", load_model)
+    empty, absent = tmp_path / "empty.jsonl", tmp_path / "absent.jsonl"
+    empty.write_text("")
+    train = ["train", "--model", model_directory, "--out", tmp_path / "run", "--max-tokens", "8"]
+    train += ["--teacher-reply", "30", "--data"]
+    for file, says in ((empty, "holds no problems"), (absent, "is not a file")):
+        assert says in complaint(capsys, *train, file)
+        assert says in complaint(capsys, *train, "wordproblems", "--eval-data", file)
+        assert says in complaint(capsys, "eval", "--model", model_directory, "--data", file)
+    assert "question is empty" in complaint(capsys, "ask", "--model", model_directory, " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flag_that_would_do_nothing_is_refused(model_directory, tmp_path, capsys):

@@ -18,6 +18,7 @@ from grpo import Rollout
 from model import LM
 from run.config import Config, RunFailed
 from run.loop import FAULTS, Loop, questions_of_step, warn_if_unparsed
+from run.screen import note, ticking
 from run.world import World
 from test_thinktuning import model_directory  # noqa: F401 (a fixture)
 
@@ -26,9 +27,7 @@ HERE = Path(__file__).parents[1]
 
 def loop_of(config=None, problems=range(10), world=World(), run=None, **more):
     config = config or Config(steps=5, questions=2, samples=2, mini_batch=2)
-    return Loop(
-        None, None, problems, config, run=run, world=world, transcribe=lambda *_: [], **more
-    )
+    return Loop(problems, config, run=run, world=world, **more)
 
 
 class Recorder:
@@ -104,9 +103,9 @@ def test_processes_share_each_mini_batch_and_together_see_all_of_it_once(
 
 def test_a_run_without_interruption_makes_every_step():
     run = Recorder()
-    with loop_of(Config(steps=5, questions=2, samples=2, save_every=2), run=run) as loop:
-        for step, questions in loop:
-            loop.record(step, rollouts_of(questions, 2), UPDATED)
+    loop = loop_of(Config(steps=5, questions=2, samples=2, save_every=2), run=run)
+    for step, questions in loop.steps(None, None):
+        loop.record(step, rollouts_of(questions, 2), UPDATED)
     assert run.logged == [m["step"] for m in loop.history] == list(range(5))
     assert run.saved == [2, 4, 5]
 
@@ -120,7 +119,7 @@ def test_a_signal_ends_the_run_after_the_step_in_which_it_comes(number, moment, 
         if (which, step) == (moment, 2):
             os.kill(os.getpid(), number)
 
-    def validate():
+    def validate(loop):
         now("while evaluating", len(evaluated))
         evaluated.append(1)
         return {}
@@ -129,10 +128,10 @@ def test_a_signal_ends_the_run_after_the_step_in_which_it_comes(number, moment, 
     run.log = lambda metrics, *rest: (log(metrics, *rest), now("while recording", metrics["step"]))
     before = signal.getsignal(number)
     config = Config(steps=50, questions=2, samples=2, save_every=20, eval_every=1)
-    with loop_of(config, run=run, validate=validate) as loop:
-        for step, questions in loop:
-            now("in the step", step)
-            loop.record(step, rollouts_of(questions, 2), UPDATED)
+    loop = loop_of(config, run=run, validation=["a problem"])
+    for step, questions in loop.steps(None, None, validate=validate):
+        now("in the step", step)
+        loop.record(step, rollouts_of(questions, 2), UPDATED)
     assert run.logged == [m["step"] for m in loop.history] == [0, 1, 2]
     assert run.saved == [3]
     assert len(evaluated) == (2 if moment == "in the step" else 3)  # whoever stops does not wait
@@ -148,9 +147,9 @@ def test_a_signal_to_one_process_stops_all():
             return items + [True] if items == [False] else items
 
     run = Recorder()
-    with loop_of(run=run, world=Two()) as loop:
-        for step, questions in loop:
-            loop.record(step, rollouts_of(questions, 2), UPDATED)
+    loop = loop_of(run=run, world=Two())
+    for step, questions in loop.steps(None, None):
+        loop.record(step, rollouts_of(questions, 2), UPDATED)
     assert run.logged == [0] and run.saved == [1]
 
 
@@ -158,9 +157,9 @@ def test_steps_without_a_finite_gradient_end_the_run_only_if_there_are_too_many_
     skipped = {**UPDATED, "skipped": 1.0, "grad_norm": float("nan")}
 
     def made(updates):
-        with loop_of(Config(steps=len(updates), questions=1, samples=2)) as loop:
-            for step, questions in loop:
-                loop.record(step, rollouts_of(questions, 2), updates[step])
+        loop = loop_of(Config(steps=len(updates), questions=1, samples=2))
+        for step, questions in loop.steps(None, None):
+            loop.record(step, rollouts_of(questions, 2), updates[step])
         return len(loop.history)
 
     few = [skipped] * (FAULTS - 1) + [UPDATED]
@@ -172,10 +171,11 @@ def test_steps_without_a_finite_gradient_end_the_run_only_if_there_are_too_many_
 
 def test_a_teacher_that_is_hardly_understood_is_told_of_with_the_reason(capsys):
     class Teacher:
-        cut, dropped = 7, 2
+        cut, dropped, max_tokens, max_prompt = 7, 2, 120, 180
 
-    def told(asked, parsed):
-        warn_if_unparsed(Teacher, [{"teacher_asked": asked, "teacher_parsed": parsed}] * 2)
+    def told(asked, parsed, has_flags=True):
+        history = [{"teacher_asked": asked, "teacher_parsed": parsed}] * 2
+        warn_if_unparsed(Teacher, history, has_flags)
         return capsys.readouterr().out
 
     assert told(0, 0) == "" and told(10, 1) == "" and told(10, 10) == ""
@@ -183,6 +183,50 @@ def test_a_teacher_that_is_hardly_understood_is_told_of_with_the_reason(capsys):
         "2 of the teacher's 22 replies followed the format; 7 ran into --teacher-reply, "
         "2 requests were longer than --teacher-prompt\n"
     )
+    assert told(11, 1, has_flags=False) == (  # as in the demonstration, which has no such flags
+        "2 of the teacher's 22 replies followed the format; 7 ran into 120 tokens, "
+        "2 requests were longer than 180 tokens\n"
+    )
+
+
+@pytest.mark.parametrize("has_flags, hints", [(True, 1), (False, 0)])
+def test_a_step_without_any_finished_rollout_gives_one_hint(has_flags, hints, capsys):
+    loop = loop_of(Config(steps=4, questions=2, samples=2, max_tokens=24), has_flags=has_flags)
+    for step, questions in loop.steps(None, None):
+        rollouts = rollouts_of(questions, 2)
+        for rollout in rollouts:
+            rollout.finished = step == 0
+        loop.record(step, rollouts, UPDATED)
+    out = capsys.readouterr().out
+    assert out.count("\n") == hints and out.count("--max-tokens") == hints
+    assert hints == 0 or "no rollout of step 2 ended within 24 tokens" in out
+
+
+def test_a_failure_in_a_step_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError):
+        for _ in loop_of().steps(None, None):
+            assert signal.getsignal(signal.SIGINT) != before
+            raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_long_step_shows_its_time_on_a_terminal_alone(capsys, monkeypatch):
+    def shown():
+        with ticking("step 3 of 9", after=0.01):
+            time.sleep(0.2)
+        return capsys.readouterr().out
+
+    assert shown() == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert shown() == "\n\rstep 3 of 9 has taken 0:00\x1b[K"
+
+
+def test_a_note_takes_the_place_of_a_terminals_progress_line(capsys, monkeypatch):
+    note("wait")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    note("wait")
+    assert capsys.readouterr().out == "wait\n\rwait\x1b[K\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

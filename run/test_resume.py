@@ -60,21 +60,20 @@ def start(tmp_path_factory):
 
 
 def child(
-    start, out, *flags, before=lambda: None, kill_after=None, wait=True, settings=SETTINGS
+    start,
+    out,
+    *flags,
+    before=lambda: None,
+    kill_after=None,
+    wait=True,
+    settings=SETTINGS,
+    named=("--model", "--data"),
 ) -> int:
     """Run the command in a forked process; its exit status, or minus the signal that ended it (its number if not waited for)."""
-    argv = [
-        "train",
-        "--model",
-        str(start),
-        "--data",
-        "wordproblems",
-        "--out",
-        str(out),
-        "--resume",
-        *settings,
-        *flags,
-    ]
+    argv = ["train", "--out", str(out), "--resume", *settings, *flags]
+    for flag, value in {"--model": str(start), "--data": "wordproblems"}.items():
+        if flag in named:
+            argv += [flag, value]
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -170,8 +169,10 @@ def test_other_settings_are_not_resumed(start, undisturbed, tmp_path):
 def test_flags_that_are_left_out_on_resume_are_the_runs_own(start, undisturbed, tmp_path):
     out = tmp_path / "run"
     assert child(start, out, before=signal_after(3)) == 0
-    assert child(start, out, settings=()) == 0
+    assert child(start, out, settings=(), named=()) == 0  # the model and the problems, too
     assert outcome(out) == undisturbed[0]
+    assert child(start, tmp_path / "new", settings=(), named=()) == 2
+    assert "these flags are required: --model, --data" in (tmp_path / "new.log").read_text()
     assert child(start, out, "--preset", "demo", settings=()) == 2
     assert "preset was 'paper' and is 'demo'" in (tmp_path / "run.log").read_text()
     assert child(start, out, "--teacher", str(start / "other"), settings=()) == 2

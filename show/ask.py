@@ -22,10 +22,10 @@ def prepare(args):
     asks_teacher = args.teacher or args.teacher_model
     if asks_teacher and args.samples > 1:
         raise ValueError("the teacher reads one attempt: leave out --samples or the teacher")
-    device, dtype = device_and_dtype(args)
-    model, tokenizer = load_model(args.model, device, dtype, args.compile)
     if not args.question.strip():
         raise ValueError("the question is empty")
+    device, dtype = device_and_dtype(args)
+    model, tokenizer = load_model(args.model, device, dtype, args.compile)
     context = model.config.max_seq_len
     room = context - len(student_prompt(tokenizer, args.question))
     if room < (args.max_tokens or 1):
@@ -102,7 +102,7 @@ def shown_feedback(teacher, question: str, attempt: str) -> str:
 
 
 def print_vote(model, tokenizer, question, *, max_tokens, temperature, seed, samples):
-    """Print the final answer of every sample, how often each was given, and the majority's."""
+    """Print every sample under its final answer, how often each was given, and the majority's."""
     responses = generate(
         model,
         [student_prompt(tokenizer, question)],
@@ -112,13 +112,18 @@ def print_vote(model, tokenizer, question, *, max_tokens, temperature, seed, sam
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
     )
-    texts = [spoken(tokenizer, ids) if ids[-1] in tokenizer.stop else None for ids in responses]
-    for i, text in enumerate(texts, start=1):
-        given = "cut off" if text is None else final_answer(text)
-        print(f"sample {i}: {one_line(given or 'no final answer')}")
-    votes = vote(text for text in texts if text is not None)
+    finished = []
+    for i, ids in enumerate(responses, start=1):
+        text = spoken(tokenizer, ids)
+        heading = f"cut off after {max_tokens} tokens"
+        if ids[-1] in tokenizer.stop:
+            heading = one_line(final_answer(text) or "no final answer")
+            finished.append(text)
+        start = reflection_start(text)
+        print(f"== sample {i} of {samples}: {heading}\n{text[:start]}{coloured(text[start:])}\n")
+    votes = vote(finished)
     counts = [f"{one_line(answer)} ({count})" for answer, count in votes]
-    print("\nvotes: " + (", ".join(counts) or "none"))
+    print("votes: " + (", ".join(counts) or "none"))
     if votes:
         print(f"majority: {one_line(votes[0][0])} ({votes[0][1]} of {samples})")
 

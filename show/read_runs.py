@@ -34,6 +34,13 @@ def read_runs(paths) -> tuple[list[Recorded], list[dict]]:
     return list(runs.values()), list(summaries.values())
 
 
+def check_steps(runs: list[Recorded]) -> None:
+    """Raises ValueError if no run has a finished step, because there is nothing to show."""
+    if not any(run.metrics for run in runs):
+        names = ", ".join(str(run.path) for run in runs)
+        raise ValueError(f"{names}: no step has finished yet, so there is nothing to show")
+
+
 def run_directories(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give that of a run or of a demonstration")

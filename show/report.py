@@ -20,7 +20,7 @@ from typing import NamedTuple
 from data.exemplars import CUES
 from show import charts
 from show.charts import Line, Point, esc, finite, format_value, number, series, table
-from show.read_runs import Recorded, read_runs
+from show.read_runs import Recorded, check_steps, read_runs
 
 STYLE = (Path(__file__).parent / "report.css").read_text()
 METHODS = {"base": "Base", "grpo": "GRPO", "thinktuning": "ThinkTuning"}
@@ -35,7 +35,9 @@ def prepare(args):
     """Read all that `args.runs` names and make the page; returns the function that writes it."""
     directory = Path(args.runs[0]) if len(args.runs) == 1 else Path()
     out = Path(args.out or directory / "report.html")
-    text = page(*read_runs(args.runs))
+    runs, summaries = read_runs(args.runs)
+    check_steps(runs)
+    text = page(runs, summaries)
 
     def job():
         write_page(out, text)

@@ -264,12 +264,16 @@ def test_ask_with_a_teacher_works_on_a_directory_made_elsewhere(llama_directory,
 def test_the_vote_lists_every_answer_and_the_majority(model_directory, says, capsys):
     says("\\boxed{8}", "\\boxed{7}", "so \\boxed{7.0}", "I give up.")
     assert run(capsys, model_directory, "--samples", "4") == (
-        "sample 1: 8\nsample 2: 7\nsample 3: 7.0\nsample 4: no final answer\n\nvotes: 7 (2), 8 (1)\nmajority: 7 (2 of 4)\n"
+        "== sample 1 of 4: 8\n\\boxed{8}\n\n"
+        "== sample 2 of 4: 7\n\\boxed{7}\n\n"
+        "== sample 3 of 4: 7.0\nso \\boxed{7.0}\n\n"
+        "== sample 4 of 4: no final answer\nI give up.\n\n"
+        "votes: 7 (2), 8 (1)\nmajority: 7 (2 of 4)\n"
     )
-    says("\\boxed{8}", "\\boxed{8}", ends=False)
-    assert (
-        run(capsys, model_directory, "--samples", "2")
-        == "sample 1: cut off\nsample 2: cut off\n\nvotes: none\n"
+    says("\\boxed{8}", "\\boxed{9}", ends=False)
+    assert run(capsys, model_directory, "--samples", "2", "--max-tokens", "9") == (
+        "== sample 1 of 2: cut off after 9 tokens\n\\boxed{8}\n\n"
+        "== sample 2 of 2: cut off after 9 tokens\n\\boxed{9}\n\nvotes: none\n"
     )
 
 
@@ -326,9 +330,12 @@ def test_every_answer_has_one_vote_and_no_two_kinds_are_equal(answers):
 
 def test_the_vote_of_ask_tells_names_and_units_apart(model_directory, says, capsys):
     says("\\boxed{y=5}", "\\boxed {x=5}", "\\boxed{}", "\\fbox{x = 5.0}")
-    assert run(capsys, model_directory, "--samples", "4").splitlines()[2:] == [
-        "sample 3: no final answer",
-        "sample 4: x = 5.0",
+    assert run(capsys, model_directory, "--samples", "4").splitlines()[6:] == [
+        "== sample 3 of 4: no final answer",
+        "\\boxed{}",
+        "",
+        "== sample 4 of 4: x = 5.0",
+        "\\fbox{x = 5.0}",
         "",
         "votes: x=5 (2), y=5 (1)",
         "majority: x=5 (2 of 4)",

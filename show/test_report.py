@@ -735,6 +735,12 @@ def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
     ):
         assert command("report", path) == 2
         assert words in (err := capsys.readouterr().err) and path.name in err
+    unstepped = make_run(tmp_path / "unstepped", [])
+    assert command("report", unstepped) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {unstepped}: no step has finished yet, so there is nothing to show\n"
+    assert command("report", run, unstepped, "--out", tmp_path / "both.html") == 0
+    capsys.readouterr()
     (run / "config.json").write_text("[]")
     assert command("report", run) == 2 and "config.json" in capsys.readouterr().err
     (run / "config.json").unlink()

@@ -45,6 +45,7 @@ from model import LM, ModelConfig
 from run.compiled import RECORDER, RECORDING_DEVICES, compile_step
 from run.config import DEMO, Config
 from run.head import HeadLogprobs
+from run.loop import Loop
 from sampler import generate, prefill
 from teacher import make_teacher
 from thinktuning import train
@@ -521,7 +522,7 @@ class Bench:
                 "AdamW": (MasterAdamW, "step"),
             }
             with clocked(kernels) as clocks:
-                total = timed(lambda: train(student, tokenizer, problems, config, teacher=teacher))
+                total = timed(lambda: train(student, tokenizer, Loop(problems, config), teacher))
             self.report("demo", method, f"{steps} training steps", [total])
             for name in kernels:
                 self.report(
