@@ -292,8 +292,9 @@ def problem_seeds():
 def tokenizer_seeds():
     import base64
 
+    from data.bpe import BYTES
     from data.chat import FAMILIES
-    from data.tokenizer import BYTES, LLAMA3_PATTERN, QWEN2_PATTERN
+    from data.vocabulary import LLAMA3_PATTERN, QWEN2_PATTERN
 
     vocab, merges = (
         BYTES | {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259},
