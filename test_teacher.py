@@ -22,7 +22,8 @@ from data import Problem, load_problems
 from data.exemplars import EXEMPLARS, SYSTEM, behaviour
 from data.prompts import INSTRUCTION
 from data.reward import final_answer, is_correct
-from data.tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import LLAMA3_PATTERN, QWEN2_PATTERN
 from grpo import Rollout, snapshot, token_logprobs
 from model import LM, ModelConfig
 from run.config import Config

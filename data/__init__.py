@@ -28,14 +28,13 @@ def load_problems(source: str, split: str = "train") -> list[Problem]:
     if str(source).lower().endswith((".jsonl", ".json")):
         return read_problems(source)
     if source not in SPLITS:
+        known = ", ".join(SPLITS)
         raise ValueError(
-            f"unknown problems {str(source)!r}: give one of {', '.join(SPLITS)}, "
-            "or a path that ends in .jsonl or .json"
+            f"unknown problems {str(source)!r}: give {known}, or a .jsonl or .json path"
         )
     if split not in SPLITS[source]:
-        raise ValueError(
-            f"{source} has no split {split!r}: give one of {', '.join(SPLITS[source])}"
-        )
+        known = ", ".join(SPLITS[source])
+        raise ValueError(f"{source} has no split {split!r}: give one of {known}")
     # Imported here because both modules import this one.
     if source == "gsm8k":
         return importlib.import_module("data.gsm8k").load(split)
@@ -87,9 +86,7 @@ def _parse(text: str, where: str):
             "write one object on each line, or all of them in one list"
         ) from None
     except (ValueError, RecursionError):  # thousands of digits, or of nested brackets
-        raise ValueError(
-            f"{where}: a number too long or brackets too deep to read; take it out"
-        ) from None
+        raise ValueError(f"{where}: a number too long or brackets too deep to read") from None
 
 
 def _problem(entry, where: str) -> Problem:
@@ -127,9 +124,7 @@ def _text(value, key: str, where: str) -> str:
         raise ValueError(f'{where}: "{key}" is empty or not text; write it as a string')
     # A JSON escape may leave half of a surrogate pair, which no tokenizer can encode.
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError(
-            f'{where}: "{key}" holds half a surrogate pair; write the character itself'
-        )
+        raise ValueError(f'{where}: "{key}" holds half a surrogate pair')
     return value.strip()
 
 

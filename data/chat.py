@@ -27,10 +27,8 @@ def llama3_chat(messages, reply_as, header=""):
 def chatml_chat(messages, reply_as, system=None, thinks=False):
     if system is not None:
         messages = with_system(messages, system)
-    last_user = len(messages)
-    for i, message in enumerate(messages):
-        if message["role"] == "user":
-            last_user = i
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    last_user = users[-1] if users else len(messages)
     for i, message in enumerate(messages):
         role, thought, text = message["role"], "", message["content"]
         if thinks and role == "assistant" and "</think>" in text:
@@ -57,12 +55,8 @@ def with_system(messages, content):
     return [{"role": "system", "content": content}, *messages]
 
 
-SPEAKER_TAGS = {
-    "user": "<|question|>",
-    "assistant": "<|student|>",
-    "teacher": "<|teacher|>",
-    "narrator": "<|narrator|>",
-}
+SPEAKER_TAGS = {"user": "<|question|>", "assistant": "<|student|>"}
+SPEAKER_TAGS |= {"teacher": "<|teacher|>", "narrator": "<|narrator|>"}
 BUILTIN_SPECIAL = (*SPEAKER_TAGS.values(), "<|end|>")  # their ids follow the ranks, in this order
 
 
@@ -83,14 +77,11 @@ class Family(NamedTuple):
     template: Callable
 
 
+LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHATML = ("<|im_start|>", "<|im_end|>")
 FAMILIES = {
-    "llama3": Family(
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        "<|eot_id|>",
-        ("assistant",),
-        llama3_chat,
-    ),
-    "chatml": Family(("<|im_start|>", "<|im_end|>"), "<|im_end|>", ("assistant",), chatml_chat),
+    "llama3": Family(LLAMA3, "<|eot_id|>", ("assistant",), llama3_chat),
+    "chatml": Family(CHATML, "<|im_end|>", ("assistant",), chatml_chat),
     "wordproblems": Family(
         BUILTIN_SPECIAL, "<|end|>", ("assistant", "teacher", "narrator"), wordproblems_chat
     ),
@@ -133,21 +124,16 @@ def variant(family: str, special: dict[str, int], published: str) -> dict:
         # as in Meta's own code.
         dated = "Cutting Knowledge Date" in published if published else "<|python_tag|>" in special
         return {"header": DATE_HEADER} if dated else {}
-    if family == "chatml":
-        if published:
-            return variant_of_template(special, published)
-        return variant_of_tokens(special)
-    return {}
+    if family != "chatml":
+        return {}
+    return variant_of_template(special, published) if published else variant_of_tokens(special)
 
 
 def variant_of_template(special: dict[str, int], published: str) -> dict:
     thinks = "enable_thinking" in published
     lacks_tokens = thinks and not special.keys() >= {"<think>", "</think>"}
     if ALWAYS_THINKS.search(published) or lacks_tokens:
-        raise ValueError(
-            "its chat template has no non-thinking form, in which a reply follows on the two "
-            "special tokens <think> and </think>; use a model that can do without thinking"
-        )
+        raise ValueError("its chat template has no non-thinking form; use a model that has one")
     system = None
     if found := DEFAULT_SYSTEM.search(published):
         system = found[2].encode("ascii", "backslashreplace").decode("unicode-escape")
@@ -157,10 +143,7 @@ def variant_of_template(special: dict[str, int], published: str) -> dict:
 def variant_of_tokens(special: dict[str, int]) -> dict:
     if "<think>" in special:
         if "</think>" not in special:
-            raise ValueError(
-                "it has the special token <think> but not </think>; "
-                "download the tokenizer files again"
-            )
+            raise ValueError("it has the special token <think> but not </think>")
         return {"thinks": True}
     if "<tool_call>" in special:  # Qwen2.5
         return {"system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}

@@ -34,15 +34,17 @@ def regular(path) -> Path:
 
 def read_json(path) -> dict:
     """The JSON object in a file. Raises FileNotFoundError or ValueError, naming the file."""
-    content = regular(path).read_bytes()
+    return json_object(regular(path).read_bytes(), path)
+
+
+def json_object(content: bytes, name) -> dict:
+    """The JSON object that `content` is. Raises ValueError, naming the file, for all else."""
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); copy it again from where it came from"
-        ) from None
+        raise ValueError(f"{name} is not JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{name} holds a JSON {type(value).__name__} instead of an object")
     return value
 
 
@@ -54,12 +56,13 @@ def parse_json(text: str | bytes):
         raise ValueError("brackets too deep") from None
     level = [value]
     for _ in range(DEEPEST):
-        level = [
-            v
-            for x in level
-            if isinstance(x, (list, dict))
-            for v in (x.values() if isinstance(x, dict) else x)
-        ]
-        if not level:
+        inner = []
+        for container in level:
+            if isinstance(container, dict):
+                inner += container.values()
+            elif isinstance(container, list):
+                inner += container
+        if not inner:
             return value
+        level = inner
     raise ValueError("brackets too deep")

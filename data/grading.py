@@ -33,10 +33,7 @@ class Grader:
     def __init__(self, name: str = "auto"):
         installed = importlib.util.find_spec("math_verify") is not None
         if name == "math-verify" and not installed:
-            raise ValueError(
-                "--grader math-verify: it is not installed; run `pip install math-verify` "
-                "or give --grader builtin"
-            )
+            raise ValueError("run `pip install math-verify`, or give --grader builtin")
         self.math_verify = MathVerify() if installed and name != "builtin" else None
         self.note = "" if installed or name == "builtin" else " (math-verify is not installed)"
 
@@ -49,8 +46,8 @@ class Grader:
         if self.math_verify is None:
             return f"the built-in comparison{self.note}"
         used = f"math-verify {self.math_verify.version} or the built-in comparison"
-        if self.math_verify.given_up:
-            used += f"; {self.math_verify.given_up} comparisons left to the built-in one alone"
+        if given_up := self.math_verify.given_up:
+            used += f"; {given_up} comparisons left to the built-in one alone"
         return used
 
     def close(self) -> None:
@@ -74,14 +71,14 @@ class MathVerify:
 
         None also for a box inside an answer, because math-verify would compare only that box.
         """
-        if max(len(given), len(answer)) > reward.LONGEST or r"\boxed" in given or r"\fbox" in given:
-            self.given_up += 1
-            return None
-        pair = (given, answer)
-        if pair not in self.known:
-            self.known[pair] = self._ask(pair)
-        self.given_up += self.known[pair] is None
-        return self.known[pair]
+        pair, verdict = (given, answer), None
+        has_box = r"\boxed" in given or r"\fbox" in given
+        if max(len(given), len(answer)) <= reward.LONGEST and not has_box:
+            if pair not in self.known:
+                self.known[pair] = self._ask(pair)
+            verdict = self.known[pair]
+        self.given_up += verdict is None
+        return verdict
 
     def _ask(self, pair) -> bool | None:
         try:
@@ -110,8 +107,8 @@ class MathVerify:
         if not self.version:
             self.close()
             raise ChildProcessError(
-                "math-verify is installed but does not start: `python -c 'import math_verify'` "
-                "shows why; mend it; or, in eval, give --grader builtin"
+                "math-verify does not start: see `python -c 'import math_verify'`, "
+                "or give eval --grader builtin"
             )
 
     def close(self) -> None:
@@ -132,9 +129,8 @@ def serve():
     @functools.lru_cache(1000)
     def parsed(answer):
         # "first_match" reads the box alone: it looks for no answer anywhere else.
-        return parse(
-            rf"\boxed{{{answer}}}", box, extraction_mode="first_match", parsing_timeout=None
-        )
+        options = {"extraction_mode": "first_match", "parsing_timeout": None}
+        return parse(rf"\boxed{{{answer}}}", box, **options)
 
     print(importlib.metadata.version("math-verify"), flush=True)
     for line in sys.stdin:
@@ -151,9 +147,7 @@ def limit_time(seconds, patience):
     0 and 0 cancel the limits.
     """
     if hasattr(signal, "setitimer"):
-        signal.setitimer(
-            signal.ITIMER_PROF, seconds
-        )  # its signal is not handled, and so ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal, not handled, ends the process
     if patience:
         faulthandler.dump_traceback_later(patience, exit=True)
     else:

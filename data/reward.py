@@ -146,13 +146,9 @@ for _meaning, _spellings in (
 # How many arguments a command takes. Behind a command that is not here groups stay as they are.
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2}
 _ARGUMENTS |= dict.fromkeys(r"^ _ \sqrt \overline \underline \vec \bar \hat \mathbb".split(), 1)
-_ARGUMENTS |= dict.fromkeys(
-    (
-        r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln "
-        r"\le \ge \ne \to \in \cup \cap \pm \cdot \times \circ \pi \infty"
-    ).split(),
-    0,
-)
+_NONE = r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln \le \ge \ne \to \in"
+_NONE += r" \cup \cap \pm \cdot \times \circ \pi \infty"
+_ARGUMENTS |= dict.fromkeys(_NONE.split(), 0)
 
 
 def _normalise(answer: str) -> str:
@@ -210,23 +206,20 @@ def _rest_of_group(end, tokens, written, depth):
 
 
 # Applied in this order. No pattern has two ways to match the same characters: none can blow up.
-_SPACES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
-        (rf"[ {_THIN}]+", " "),
-        (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
-        # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`: two numbers
-        (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
-        (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
-        (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
-    )
-]
+_SPACES = (
+    (rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))", ","),  # 1\,000
+    (rf"[ {_THIN}]+", " "),
+    (rf" ?{_JOIN} ?", ""),  # 10,\! 080 is one number
+    # 2 \sqrt{5}, p - q, 50 %; but not `New York`, `\frac12 cups`, and `1, 234`: two numbers
+    (r" (?=[^\w ,])|(?<=[^\w ,}]) |(?<=\}) (?![a-zA-Z]{2})", ""),
+    (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),  # \pm 2; but not \cot x
+    (r"(?<=[a-zA-Z0-9])(?<![a-zA-Z\\][a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", ""),  # 2 x y
+)
 
 
 def _respace(text: str) -> str:
     for pattern, new in _SPACES:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     return text
 
 
@@ -240,18 +233,8 @@ _AMOUNT = re.compile(
     rf"(?: ([+-]?))?"  # of a fraction's top: `-\frac{{-1}}{{2}}` has two signs
     rf"(?:({_DIGITS}) )?({_UNSIGNED})(?:/({_DECIMAL}))?"
 )
-_SIGNS = str.maketrans(
-    {
-        _TEXT: " ",
-        "$": "",
-        _DOLLAR: "dollar ",
-        "¢": "cent ",
-        "£": "pound ",
-        "€": "euro ",
-        "¥": "yen ",
-        "°": "degree ",
-    }
-)
+_SIGNS = {_TEXT: " ", "$": "", _DOLLAR: "dollar ", "¢": "cent ", "£": "pound ", "€": "euro "}
+_SIGNS |= {"¥": "yen ", "°": "degree "}
 
 # Letters are a unit in text, and where they can hardly be a product: `5 \text{ m}`, `5 eggs`,
 # `5 km`, but not `5 m` and `5 xy`.
@@ -290,7 +273,7 @@ def _amount(text: str) -> tuple[Fraction | None, str]:
 
 def _unit(text: str) -> str:
     r"""One spelling of a unit: `Hours` is `hour`, `\$` is `dollar`; but `mW` is not `MW`."""
-    text = text.translate(_SIGNS)
+    text = text.translate(str.maketrans(_SIGNS))
     words = re.sub("[a-zA-Z]{4,}", lambda word: word[0].lower().removesuffix("s"), text).split()
     return " ".join(words[1:] if words[:1] == words[1:2] else words)
 

@@ -98,7 +98,7 @@ def test_smollm2_without_a_network_says_so_in_one_sentence(tmp_path):
 @pytest.mark.slow
 def test_smollm2s_ids_and_prompts(smollm2):
     ours = Tokenizer.load(smollm2)
-    assert ours.vocab_size == 49_152 and len(ours._missing) == 21
+    assert ours.vocab_size == 49_152 and len(ours._bpe.missing) == 21
     assert ours.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]  # as published
     assert_same_ids(ours, smollm2, awkward_texts() + gsm8k_texts())
     assert_same_prompts(ours, smollm2)

@@ -1,4 +1,4 @@
-"""Tests of data/tokenizer.py and data/chat.py.
+"""Tests of data/tokenizer.py and of what it is made of: bpe.py, vocabulary.py, added.py, chat.py.
 
 The references are `tokenizers` and transformers' apply_chat_template, on vocabularies trained here.
 """
@@ -20,17 +20,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
+from data import bpe
 from data.added import SPACES, in_a_word
+from data.bpe import BYTES
 from data.chat import FAMILIES
-from data.tokenizer import (
+from data.tokenizer import Tokenizer
+from data.vocabulary import (
     BUILTIN_PATTERN,
-    BYTES,
     LLAMA3_PATTERN,
     LLAMA3_SPECIAL,
     QWEN2_PATTERN,
-    Tokenizer,
+    parse_ranks,
     pattern_of,
-    read_ranks,
     write_ranks,
 )
 
@@ -402,7 +403,7 @@ def test_the_pieces_are_those_of_the_library(layout, text):
     pre_tokenizer = LAYOUTS[layout][0]
     theirs = [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
     pattern = pattern_of(json.loads(pre_tokenizer.__getstate__()))
-    assert data.tokenizer.split(pattern, text) == theirs
+    assert bpe.split(pattern, text) == theirs
 
 
 @settings(
@@ -1059,7 +1060,7 @@ def builtin(tmp_path, monkeypatch):
 
 
 def test_builtin_special_tokens_follow_the_ranks(builtin, tmp_path):
-    ranks = read_ranks(tmp_path / "wordproblems.tiktoken")
+    ranks = parse_ranks((tmp_path / "wordproblems.tiktoken").read_bytes(), "a file")
     assert ranks[b"\n\n"] == 262 and len(ranks) == 265
     assert list(builtin.special.items()) == [
         ("<|question|>", 265),
@@ -1272,7 +1273,7 @@ def put(name, content):
         (put("tokenizer.model", b""), "tokenizer.model is not in tiktoken's format"),
         (
             put("wordproblems.tiktoken", b"QQ== 0\n"),
-            "has no token for the byte 0x00; in tiktoken's",
+            "has no token for the byte 0x00; all 256 are needed",
         ),
         (put("vocab.json", b"{}"), "no tokenizer there"),
         (

@@ -13,15 +13,16 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.files import read_json, regular
 
-A_MODEL_DIRECTORY = "a model directory holds config.json, model.safetensors and a tokenizer"
 WRITTEN = ("config.json", "model.safetensors.index.json")  # by LM.save itself
-LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+LLAMA3_ROPE = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "factor")
+SHARD = re.compile(r"[^/\\]+\.safetensors")
 LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Older files hold these tensors. They follow from config.json, and transformers ignores them too.
@@ -32,9 +33,25 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": {"qkv_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
-MODEL_TYPES = {
-    name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES
-}  # "llama", ...
+MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
+
+SIZES = {  # of ModelConfig: their names in config.json
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]
 
 
 def read_config(directory) -> tuple[dict, dict]:
@@ -43,8 +60,6 @@ def read_config(directory) -> tuple[dict, dict]:
     Raises ValueError for what LM cannot do, and for sizes that differ from the tensors beside it.
     """
     path = Path(directory) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {A_MODEL_DIRECTORY}")
     raw = read_json(path)
     try:
         fields = config_fields(raw)
@@ -56,41 +71,29 @@ def read_config(directory) -> tuple[dict, dict]:
 
 def config_fields(raw: dict) -> dict:
     """ModelConfig's fields from a config.json's content. Raises ValueError for what is wrong."""
-    architecture = architecture_of(raw)
+    flags = ARCHITECTURES[architecture_of(raw)]
     for key in ("quantization_config", "attention_bias", "mlp_bias"):
         if raw.get(key):
             raise ValueError(f"{key} = {short(raw[key])} is not supported")
-    accepted = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,)}  # silu is swish
+    accepted = {
+        "hidden_act": ("silu", "swish"),  # two names of one function
+        "partial_rotary_factor": (1.0,),
+        "tie_word_embeddings": (False, True, None),
+    }
     for key, known in accepted.items():
         if raw.get(key, known[0]) not in known:
-            raise ValueError(f"{key} {short(raw[key])} is not supported, only {known[0]!r}")
+            names = ", ".join(map(str, known))
+            raise ValueError(f"{key} = {short(raw[key])} is not supported, only {names}")
     refuse_sliding(raw)
-    tied = raw.get("tie_word_embeddings") or False
-    if tied is not True and tied is not False:
-        raise ValueError(f"tie_word_embeddings = {short(tied)} must be true or false")
-    sizes, eps = model_sizes(raw), raw.get("rms_norm_eps", 1e-6)
     theta, scaling = rotation(raw)
-    check_positive("rms_norm_eps", eps)
-    check_positive("rope_theta", theta)
-    if scaling:
-        for name, value in scaling.items():
-            if name in LLAMA3_ROPE:
-                check_positive(name, value)
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise ValueError("low_freq_factor must be below high_freq_factor")
     return {
-        **sizes,
-        "norm_eps": eps,
-        "rope_theta": float(theta),
+        **model_sizes(raw),
+        "norm_eps": positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+        "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_embeddings": tied,
-        **ARCHITECTURES[architecture],
+        "tie_embeddings": bool(raw.get("tie_word_embeddings")),
+        **flags,
     }
-
-
-def check_positive(name: str, value) -> None:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ValueError(f"{name} = {short(value)} must be a number above 0")
 
 
 def architecture_of(raw: dict) -> str:
@@ -100,10 +103,8 @@ def architecture_of(raw: dict) -> str:
     if not architecture and isinstance(kind, str):
         architecture = MODEL_TYPES.get(kind, kind)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture {short(architecture)} is not supported; "
-            f"known are {', '.join(ARCHITECTURES)}"
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architecture {short(architecture)} is not supported; known are {known}")
     return architecture
 
 
@@ -120,10 +121,7 @@ def refuse_sliding(raw: dict) -> None:
         first = raw.get("max_window_layers", 28)  # the first layer with a window
         layers = raw.get("num_hidden_layers")
         if type(first) is not int or type(layers) is not int or first < layers:
-            raise ValueError(
-                f"use_sliding_window is set and layers from {short(first)} on slide, "
-                "which is not supported"
-            )
+            raise ValueError(f"use_sliding_window is set for layers from {short(first)} on")
 
 
 def rotation(raw: dict) -> tuple:
@@ -133,41 +131,45 @@ def rotation(raw: dict) -> tuple:
         if not isinstance(raw.get(key) or {}, dict):
             raise ValueError(f"{key} = {short(raw[key])} is no JSON object")
         rope |= raw.get(key) or {}
-    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
+    theta = float(positive("rope_theta", rope.pop("rope_theta")))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
         raise ValueError(f"rope type {short(kind)} is not supported, only 'default' and 'llama3'")
-    if kind == "llama3" and (missing := LLAMA3_ROPE - rope.keys()):
-        raise ValueError(f"its llama3 rope scaling lacks {', '.join(sorted(missing))}")
-    return theta, rope if kind == "llama3" else None
+    for name in LLAMA3_ROPE:
+        positive(f"llama3's {name}", rope.get(name))
+    if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("low_freq_factor must be below high_freq_factor")
+    return theta, rope
+
+
+def positive(name: str, value):
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{name} = {short(value)} must be a number above 0")
+    return value
 
 
 def model_sizes(raw: dict) -> dict[str, int]:
-    try:
-        heads = raw["num_attention_heads"]
-        sizes = {
-            "vocab_size": raw["vocab_size"],
-            "dim": raw["hidden_size"],
-            "n_layers": raw["num_hidden_layers"],
-            "n_heads": heads,
-            "n_kv_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-            "ffn_dim": raw["intermediate_size"],
-            "max_seq_len": raw.get("max_position_embeddings", 2048),
-        }
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]!r} is missing") from None
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(f"a size is not a number or is zero ({error})") from None
-    bad = [name for name, size in sizes.items() if type(size) is not int or not 0 < size < 1 << 31]
-    if bad:
-        raise ValueError(f"{', '.join(bad)} must be whole numbers from 1 up (and below 2^31)")
+    sizes = {name: raw.get(key) for name, key in SIZES.items()}
+    sizes["max_seq_len"] = sizes["max_seq_len"] or 2048
+    sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
+    if is_size(sizes["dim"]) and is_size(sizes["n_heads"]):
+        sizes["head_dim"] = sizes["head_dim"] or sizes["dim"] // sizes["n_heads"]
+    for name, size in sizes.items():
+        if not is_size(size):
+            given = f"{SIZES[name]} = {short(size)}, which is {name}"
+            raise ValueError(f"{given}, must be a whole number from 1 up (and below 2^31)")
     if sizes["head_dim"] % 2:
         raise ValueError(f"head_dim {sizes['head_dim']} is odd; rotary embeddings turn pairs")
-    if heads % sizes["n_kv_heads"]:
-        raise ValueError(
-            f"{heads} query heads cannot share {sizes['n_kv_heads']} key/value heads evenly"
-        )
+    if sizes["n_heads"] % sizes["n_kv_heads"]:
+        heads = f"{sizes['n_heads']} query heads cannot share {sizes['n_kv_heads']}"
+        raise ValueError(f"{heads} key/value heads evenly")
     return sizes
+
+
+def is_size(value) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def check_sizes(directory: Path, fields: dict) -> None:
@@ -176,47 +178,39 @@ def check_sizes(directory: Path, fields: dict) -> None:
     So no model larger than its files is ever allocated. This compares one tensor of each size, and
     every layer with the first; read_tensors compares all names and shapes later.
     """
-    shapes: dict[str, tuple] = {}
-    places = tensor_places(directory)
-    for file in sorted(set(places.values())):
-        for name, shape in tensor_shapes(file).items():
-            if name in places:
-                shapes[name] = shape
-    layers = layers_of(shapes)
+    stored = stored_tensors(directory)
+    layers = layers_of(stored)
     if len(layers) != fields["n_layers"]:
-        last = max(filter(LAYER.fullmatch, shapes), default="none")
-        raise ValueError(
-            f"{directory}: config.json asks for {fields['n_layers']} layers, there are tensors of "
-            f"{len(layers)} (such as {last})"
-        )
+        last = max(filter(LAYER.fullmatch, stored), default="none")
+        asked = f"config.json asks for {fields['n_layers']} layers"
+        raise ValueError(f"{directory}: {asked}, not {len(layers)} as in {last}")
     rows_of = {
-        embedding_name(shapes, fields["tie_embeddings"]): fields["vocab_size"],
+        embedding_name(stored, fields["tie_embeddings"]): fields["vocab_size"],
         "model.layers.0.self_attn.q_proj.weight": fields["n_heads"] * fields["head_dim"],
         "model.layers.0.self_attn.k_proj.weight": fields["n_kv_heads"] * fields["head_dim"],
         "model.layers.0.mlp.gate_proj.weight": fields["ffn_dim"],
     }
+    refuse_names(directory, "lacks", rows_of.keys() - stored.keys())
     for name, rows in rows_of.items():
-        expected = (rows, fields["dim"])
-        if name not in shapes:
-            raise ValueError(f"{directory} lacks tensors for its config.json: {name}")
-        if shapes[name] != expected:
-            raise ValueError(
-                f"{directory}: {name} has shape {shapes[name]}, config.json asks for {expected}"
-            )
+        check_shape(name, stored[name], (rows, fields["dim"]))
     for i, layer in layers.items():
         if other := layer.items() ^ layers["0"].items():
-            raise ValueError(
-                f"{directory}: model.layers.{i} and model.layers.0 differ in the tensor or shape "
-                f"of {min(other)[0]}"
-            )
+            name = min(other)[0]
+            raise ValueError(f"{directory}: layers {i} and 0 differ in {name} or its shape")
 
 
-def layers_of(shapes: dict[str, tuple]) -> dict[str, dict[str, tuple]]:
+def check_shape(name: str, tensor: Stored, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        asked = f"config.json asks for {expected}"
+        raise ValueError(f"{tensor.file}: {name} has shape {tensor.shape}, {asked}")
+
+
+def layers_of(stored: dict[str, Stored]) -> dict[str, dict[str, tuple]]:
     """The number of a layer -> the shapes of its tensors by name."""
     layers: dict[str, dict] = {}
-    for name, shape in shapes.items():
+    for name, tensor in stored.items():
         if match := LAYER.fullmatch(name):
-            layers.setdefault(match[1], {})[match[2]] = shape
+            layers.setdefault(match[1], {})[match[2]] = tensor.shape
     return layers
 
 
@@ -235,17 +229,10 @@ def config_to_json(config) -> dict:
     return {
         "architectures": [architecture],
         "model_type": architecture.removesuffix("ForCausalLM").lower(),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
+        **{key: getattr(config, name) for name, key in SIZES.items()},
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling},
-        "max_position_embeddings": config.max_seq_len,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
     }
@@ -258,28 +245,24 @@ def read_tensors(directory, wanted: dict, tied: bool) -> None:
     Tensors are read one at a time, so memory holds the model and at most one more tensor.
     """
     directory = Path(directory)
-    places = tensor_places(directory)
-    embedding = embedding_name(places, tied)
+    stored = stored_tensors(directory)
+    embedding = embedding_name(stored, tied)
     wanted = {embedding if name == EMBEDDING else name: tensor for name, tensor in wanted.items()}
     # Some exporters write the tied head as well.
-    twice = tied and embedding == EMBEDDING and HEAD in places
-    present = places.keys() - ({HEAD} if twice else set())
+    twice = tied and embedding == EMBEDDING and HEAD in stored
+    present = stored.keys() - ({HEAD} if twice else set())
     refuse_names(directory, "lacks", wanted.keys() - present)
     refuse_names(directory, "has unknown", present - wanted.keys())
     for name, tensor in wanted.items():
-        with opened(places[name]) as file:
-            shape, expected = tuple(file.get_slice(name).get_shape()), tuple(tensor.shape)
-            if shape != expected:
-                raise ValueError(
-                    f"{places[name]}: {name} has shape {shape}, config.json asks for {expected}"
-                )
-            tensor.detach().copy_(file.get_tensor(name))
-    if twice:
-        with opened(places[HEAD]) as head, opened(places[EMBEDDING]) as embed:
-            if not head.get_tensor(HEAD).equal(embed.get_tensor(EMBEDDING)):
-                raise ValueError(
-                    f"{directory}: {HEAD} is not {EMBEDDING}, though config.json ties them"
-                )
+        check_shape(name, stored[name], tuple(tensor.shape))
+        tensor.detach().copy_(read_tensor(name, stored))
+    if twice and not read_tensor(HEAD, stored).equal(read_tensor(EMBEDDING, stored)):
+        raise ValueError(f"{directory}: {HEAD} is not {EMBEDDING}, though config.json ties them")
+
+
+def read_tensor(name: str, stored: dict[str, Stored]):
+    with opened(stored[name].file) as file:
+        return file.get_tensor(name)
 
 
 def refuse_names(directory: Path, problem: str, names: set[str]) -> None:
@@ -291,56 +274,44 @@ def refuse_names(directory: Path, problem: str, names: set[str]) -> None:
         raise ValueError(f"{directory} {problem} tensors for its config.json: {shown}")
 
 
-def tensor_places(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, without the COMPUTED tensors."""
-    places = all_places(directory)
-    return {name: file for name, file in places.items() if not name.endswith(COMPUTED)}
-
-
-def all_places(directory: Path) -> dict[str, Path]:
-    """Tensor name -> its file: model.safetensors, or one of the shards that an index names."""
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """The tensors of model.safetensors, or of the shards that an index names, by name."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return dict.fromkeys(tensor_shapes(single), single)
-    if not index.exists():
-        raise FileNotFoundError(f"{single} is missing: {A_MODEL_DIRECTORY}")
+    if single.exists() or not index.exists():
+        return {name: Stored(single, shape) for name, shape in tensor_shapes(single).items()}
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise ValueError(f"{index} has no weight_map from tensor names to files; copy it again")
-    held = {}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map from tensor names to files")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise ValueError(f"{index}: {short(shard)} in its weight_map is no file beside it")
+    stored = {}
     for shard in sorted(set(weight_map.values())):
-        path = directory / shard
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{index} names the file {short(shard)}; "
-                "shards are .safetensors files in the same directory"
-            )
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing, though {index.name} names it: copy the directory again"
-            )
-        held |= dict.fromkeys(tensor_shapes(path), path)
+        for name, shape in tensor_shapes(directory / shard).items():
+            stored[name] = Stored(directory / shard, shape)
     for name, shard in weight_map.items():
-        if held.get(name) != directory / shard:
-            raise ValueError(
-                f"{index} says that {name} is in {shard}, where it is not; copy the directory again"
-            )
-    return held
+        is_there = name in stored and stored[name].file == directory / shard
+        if not is_there and not name.endswith(COMPUTED):
+            raise ValueError(f"{index} says that {name} is in {shard}, where it is not")
+    return stored
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of one file, from its header. ValueError if one is not of FLOATS."""
+    """Tensor name -> shape of one file, from its header, without the COMPUTED tensors.
+
+    Raises ValueError if a tensor is not of FLOATS: integers would need scales, which these files
+    do not have.
+    """
+    shapes = {}
     with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        for name, tensor in slices.items():
-            dtype = tensor.get_dtype()
-            if dtype not in FLOATS:  # integers would need scales, which these files do not have
-                raise ValueError(
-                    f"{path}: {name} is stored as {dtype}; only {', '.join(FLOATS)} can be read"
-                )
-        return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            if (dtype := tensor.get_dtype()) not in FLOATS:
+                known = ", ".join(FLOATS)
+                raise ValueError(f"{path}: {name} is stored as {dtype}; only {known} can be read")
+            if not name.endswith(COMPUTED):
+                shapes[name] = tuple(tensor.get_shape())
+    return shapes
 
 
 @contextmanager
@@ -349,9 +320,7 @@ def opened(path: Path):
         with safe_open(regular(path), framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({str(error)[:200]}); copy it again"
-        ) from None
+        raise ValueError(f"{path} is damaged ({str(error)[:200]}); copy it again") from None
 
 
 def read_companions(directory) -> dict[str, bytes]:
@@ -412,23 +381,21 @@ def write_tensors(directory: Path, tensors: dict, shard_bytes: int) -> None:
         save_file(content, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": weight_map,
-        }
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def replace_directory(new: Path, old: Path) -> None:
     """Put `new` in the place of `old`; at every moment one of the two is whole."""
-    if old.exists():
-        aside = new.with_suffix(".old")
-        os.rename(old, aside)
-        try:
-            os.rename(new, old)
-        except OSError:
-            os.rename(aside, old)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
+    if not old.exists():
         os.rename(new, old)
+        return
+    aside = new.with_suffix(".old")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -53,10 +53,8 @@ def save(
     except (SafetensorError, OSError) as error:
         shutil.rmtree(new, ignore_errors=True)
         last = max(directory.glob("step-*"), default="none")
-        raise OSError(
-            f"the checkpoint of step {step} could not be written ({error}); the last one is "
-            f"{last}: mend that and go on with --resume"
-        ) from None
+        problem = f"the checkpoint of step {step} could not be written ({error})"
+        raise OSError(f"{problem}; the last one is {last}: go on with --resume") from None
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -84,9 +82,9 @@ def restore(directory: Path, student, optimizer, config: dict) -> int:
             check_tensors(path, student, optimizer)
         except (OSError, ValueError) as error:
             print(f"{path} is damaged ({error}); going back to the one before", file=sys.stderr)
-            continue
-        load_tensors(path, student, optimizer)
-        return step
+        else:
+            load_tensors(path, student, optimizer)
+            return step
     if found:
         raise RunFailed(f"no checkpoint in {directory} is whole: start anew with another --out")
     print(f"there is no checkpoint in {directory}: starting at the first step", file=sys.stderr)

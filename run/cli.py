@@ -53,160 +53,95 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     first = argv[0] if argv else "--"
     if first in commands:
         return commands[first].parse_args(argv[1:])
-    known = ", ".join(commands)
     if not first.startswith("-"):
-        demo.error(f"{first!r} is no command: give one of {known}, or none for the demonstration")
+        demo.error(f"{first!r} is no command: give one of {', '.join(commands)}, or none")
     for word, next_word in zip(argv, argv[1:]):
         # --out is the demonstration's only flag that takes any text, so also a command's name.
         if next_word in commands and word != "--out":
-            demo.error(
-                f"the command must come first: thinktuning.py {next_word}, and then its flags"
-            )
+            demo.error(f"the command must come first: thinktuning.py {next_word}")
     return demo.parse_args(argv)
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
     """The demonstration's parser, and one for each command."""
-    demo = Parser(
-        prog="thinktuning.py",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    demo = Parser(prog="thinktuning.py", description=DESCRIPTION, formatter_class=layout)
     demo.set_defaults(command="demo")
-    add_demo_flags(demo)
+    add_demo_flags(demo.add_argument_group("the demonstration").add_argument)
     commands = {}
     for name, (description, add_flags) in COMMANDS.items():
-        parser = Parser(prog=f"thinktuning.py {name}", description=description)
-        parser.set_defaults(command=name)
-        add_flags(parser)
-        commands[name] = parser
+        commands[name] = Parser(prog=f"thinktuning.py {name}", description=description)
+        commands[name].set_defaults(command=name)
+        add_flags(commands[name].add_argument)
+    add_config_flags(commands["train"])
     return demo, commands
 
 
-def add_model_flags(parser, needed=True):
+# Each of these functions gets a parser's `add_argument`.
+
+
+def add_model_flags(add, needed=True):
     """The flags of every command that loads a model. `needed`: --model must be given."""
-    add = parser.add_argument
-    add(
-        "--model",
-        required=needed,
-        help="directory with config.json, model.safetensors and a tokenizer",
-    )
+    add("--model", required=needed, help="directory with config.json, weights and a tokenizer")
     add("--device", default="auto", help="cpu, cuda, ... (cuda where there is one)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
-        help="of the weights in memory; training bfloat16 keeps a float32 master copy "
-        "(float32 on a cpu, else bfloat16)",
-    )
-    add(
-        "--compile",
-        default="auto",
-        choices=("auto", "off"),
-        help="auto: on a GPU, decoding steps are compiled into CUDA graphs (auto)",
-    )
+    about = "of the weights; training bfloat16 keeps a float32 copy (float32 on a cpu)"
+    add("--dtype", default="auto", choices=DTYPES, help=about)
+    about = "auto: on a GPU, decoding steps are compiled into CUDA graphs (auto)"
+    add("--compile", default="auto", choices=("auto", "off"), help=about)
 
 
-def add_train_flags(parser):
-    add_model_flags(parser, needed=False)  # a resumed run has its own
-    add = parser.add_argument
-    add(
-        "--data",
-        help="wordproblems, gsm8k, or a .jsonl file of questions and answers",
-    )
+def add_train_flags(add):
+    add_model_flags(add, needed=False)  # a resumed run has its own
+    add("--data", help="wordproblems, gsm8k, or a .jsonl file of problems")
     add("--eval-data", help="problems to evaluate on, likewise")
-    add(
-        "--teacher",
-        help="another model directory for the teacher, of any family "
-        "(the student's initial weights)",
-    )
+    add("--teacher", help="directory of another model as the teacher (the student as it was)")
     add("--out", help="run directory (out/METHOD-SEED)")
     may_change = ", ".join(sorted(map(flag, MAY_CHANGE)))
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from the run directory's newest checkpoint, if there is one; what is left "
-        "out, --model and --data too, keeps its value, and only these may change: "
-        f"{may_change} (no fewer steps)",
-    )
+    about = "go on from the newest checkpoint; what is left out keeps its value, --model and "
+    about += f"--data too, and only these may change: {may_change} (no fewer steps)"
+    add("--resume", action="store_true", help=about)
     add("--verbose", action="store_true", help="say how many decoding steps were recorded")
-    add(
-        "--preset",
-        choices=("paper", "demo"),
-        help="where the settings below start from (paper); "
-        "demo: the demonstration's settings, for a tiny model",
-    )
-    for name, title in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
+    about = "where the settings below start from (paper); demo: the demonstration's"
+    add("--preset", choices=("paper", "demo"), help=about)
+    sink = dict(dest="sinks", action="append_const", default=[])
+    for name in ("tensorboard", "wandb"):
         add(
-            f"--{name}",
-            dest="sinks",
-            action="append_const",
-            const=name,
-            default=[],
-            help=f"send the metrics to {title} as well (pip install {name})",
+            f"--{name}", const=name, help=f"also send the metrics there: pip install {name}", **sink
         )
-    add_config_flags(parser)
 
 
-def add_eval_flags(parser):
-    add_model_flags(parser)
-    add = parser.add_argument
+def add_eval_flags(add):
+    add_model_flags(add)
     add("--data", required=True, help="wordproblems, gsm8k, or a .jsonl file")
     add("--split", help="of wordproblems or gsm8k (test)")
     add("--count", type=natural, default=0, help="only the first so many problems; 0 is all")
     add("--samples", type=positive, default=1, help="k, responses to each problem")
-    add("--temperature", type=from_zero, help="0 with one sample, else 1")
+    add("--temperature", type=number, help="0 with one sample, else 1")
     add("--rows", type=positive, default=256, help="responses sampled side by side (memory)")
-    add(
-        "--grader",
-        default="auto",
-        choices=("auto", "builtin", "math-verify"),
-        help="what compares answers (auto: math-verify where it is installed)",
-    )
-    add_sampling_flags(parser)
+    graders = ("auto", "builtin", "math-verify")
+    add("--grader", default="auto", choices=graders, help="auto: math-verify if installed (auto)")
+    add_sampling_flags(add)
 
 
-def add_ask_flags(parser):
-    add_model_flags(parser)
-    add = parser.add_argument
+def add_ask_flags(add):
+    add_model_flags(add)
     add("question")
-    add(
-        "--samples",
-        type=positive,
-        default=1,
-        help="sample so many answers and count their votes instead (1)",
-    )
-    add("--temperature", type=from_zero, help="0 is greedy (0 with one sample, else 1)")
-    add(
-        "--teacher",
-        action="store_true",
-        help="also print the feedback of a teacher with the model's own weights; "
-        "it reads the response up to any reflection",
-    )
-    add("--teacher-model", metavar="DIR", help="the same with a teacher whose weights are in DIR")
-    add_sampling_flags(parser)
+    add("--samples", type=positive, default=1, help="count the votes of so many answers (1)")
+    add("--temperature", type=number, help="0 is greedy (0 with one sample, else 1)")
+    add("--teacher", action="store_true", help="also print the feedback of the model as a teacher")
+    add("--teacher-model", metavar="DIR", help="the same with the model in DIR as the teacher")
+    add_sampling_flags(add)
 
 
-def add_sampling_flags(parser):
-    parser.add_argument(
-        "--max-tokens",
-        type=positive,
-        help="new tokens of a response (1024, or what the context leaves)",
-    )
-    parser.add_argument("--seed", type=natural, default=0)
+def add_sampling_flags(add):
+    about = "new tokens of a response (1024, or what the context leaves)"
+    add("--max-tokens", type=positive, help=about)
+    add("--seed", type=natural, default=0)
 
 
-def add_report_flags(parser):
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="directory of a run, or of a demonstration with its runs",
-    )
-    parser.add_argument(
-        "--out",
-        help="file to write (report.html in RUN; of several runs, in the current directory)",
-    )
+def add_report_flags(add):
+    add("runs", nargs="+", metavar="RUN", help="directory of a run, or of a demonstration")
+    add("--out", help="file to write (report.html in RUN; of several runs, in this directory)")
 
 
 COMMANDS = {  # name: (what it does, the function that adds its flags)
@@ -220,50 +155,23 @@ COMMANDS = {  # name: (what it does, the function that adds its flags)
 }
 
 
-def add_demo_flags(parser):
-    add = parser.add_argument_group("the demonstration").add_argument
-    add(
-        "--seed",
-        type=natural,
-        default=0,
-        help="of everything: pretraining, sampling, choosing, data order",
-    )
-    add(
-        "--preset",
-        default="demo",
-        choices=("demo", "mentor"),
-        help="mentor: the novelty test, where the teacher quotes a made-up mentor "
-        "and naming this mentor once is rewarded",
-    )
+def add_demo_flags(add):
+    add("--seed", type=natural, default=0, help="of everything, pretraining included")
+    about = "mentor: the novelty test, where naming a made-up mentor once is rewarded"
+    add("--preset", default="demo", choices=("demo", "mentor"), help=about)
     add("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
-    add(
-        "--floor",
-        type=float,
-        default=0.01,
-        help="share of the student's pretraining texts that go on after "
-        "the answer with an unrelated remark (0.01)",
-    )
-    add(
-        "--ablate",
-        nargs="?",
-        const="all",
-        choices=("all", "long", "rates", "stress"),
-        help="on this seed's base model: every variant, only the long GRPO run, "
-        "learning rates, or losses under stress",
-    )
+    about = "share of the pretraining texts that go on after the answer (0.01)"
+    add("--floor", type=float, default=0.01, help=about)
+    variants = ("all", "long", "rates", "stress")
+    about = "variants on this seed's base model: all, the long GRPO run, learning rates, stress"
+    add("--ablate", nargs="?", const="all", choices=variants, help=about)
     add("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
-    add(
-        "--quick",
-        action="store_true",
-        help="a smoke test of a few steps: too short to show anything",
-    )
+    add("--quick", action="store_true", help="a smoke test: too short to show anything")
 
 
 def natural(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number from 0 up (and below 10^18)"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 10^18")
     return int(text)
 
 
@@ -273,11 +181,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def from_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+def number(text: str) -> float:
+    value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
     return value

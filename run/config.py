@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 # What --published can repeat of the published code. docs/published-code.md lists every difference.
 PUBLISHED = ("gamma", "dual-clip", "trajectory")
+ITEMS = f"some of {','.join(PUBLISHED)}"
 
 
 class RunFailed(Exception):
@@ -19,9 +20,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(default, group, help, **more):
-    """A setting. `more` are its limits (choices, least, above, most, below) and may_change."""
-    return field(default=default, metadata={"group": group, "help": help, **more})
+def option(default, group: str, help: str, **limits):
+    """A setting. Its limits are choices, least, above, most or below."""
+    return field(default=default, metadata={"group": group, "help": help, **limits})
 
 
 @dataclass
@@ -31,69 +32,33 @@ class Config:
     The defaults are the published ones (`--preset paper`), except that of guided_tokens.
     """
 
-    method: str = option(
-        "thinktuning", "run", "grpo leaves the teacher out", choices=("thinktuning", "grpo")
-    )
+    method: str = option("thinktuning", "run", "grpo: no teacher", choices=("thinktuning", "grpo"))
     seed: int = option(0, "run", "of sampling, choosing and data order", least=0, most=10**18)
-    steps: int = option(
-        0,
-        "run",
-        "training steps; 0 is one epoch; may be raised on --resume",
-        least=0,
-        most=10**9,
-        may_change=True,
-    )
-    eval_every: int = option(
-        0,
-        "run",
-        "steps between evaluations while training; 0 is only at the end",
-        least=0,
-        may_change=True,
-    )
-    eval_count: int = option(
-        0, "run", "evaluate on only the first so many problems; 0 is all", least=0, may_change=True
-    )
-    save_every: int = option(
-        10, "run", "steps between checkpoints; 0 is none", least=0, may_change=True
-    )
-    keep: int = option(2, "run", "checkpoints kept", least=1, may_change=True)
+    steps: int = option(0, "run", "training steps; 0 is one epoch", least=0, most=10**9)
+    eval_every: int = option(0, "run", "steps between evaluations; 0: only at the end", least=0)
+    eval_count: int = option(0, "run", "evaluate on the first so many problems; 0: all", least=0)
+    save_every: int = option(10, "run", "steps between checkpoints; 0: none", least=0)
+    keep: int = option(2, "run", "checkpoints kept", least=1)
+
     questions: int = option(128, "rollouts", "B, questions a step", least=1)
     samples: int = option(5, "rollouts", "G, rollouts a question", least=2)
     max_tokens: int = option(1024, "rollouts", "L, new tokens of a response", least=1)
-    max_prompt: int = option(
-        512,
-        "rollouts",
-        "tokens of a question's prompt; longer ones are dropped and counted",
-        least=1,
-    )
+    max_prompt: int = option(512, "rollouts", "tokens; longer questions are dropped", least=1)
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
-    rows: int = option(
-        128,
-        "rollouts",
-        "responses that are sampled side by side (memory)",
-        least=1,
-        may_change=True,
-    )
+    rows: int = option(128, "rollouts", "responses sampled side by side (memory)", least=1)
+
     mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
     micro_batch: int = option(
-        0,
-        "update",
-        "tokens of one forward pass (memory; changes no result); 0 is as many as fit",
-        least=0,
-        may_change=True,
+        0, "update", "tokens a pass (memory; changes no result); 0: as many as fit", least=0
     )
-    recompute: bool = option(
-        True,
-        "update",
-        "compute activations again in the backward pass instead of keeping them (memory)",
-        may_change=True,
-    )
+    recompute: bool = option(True, "update", "compute activations twice (saves memory)")
     learning_rate: float = option(1e-6, "update", "constant", above=0)
     weight_decay: float = option(0.01, "update", "of AdamW", least=0)
     beta1: float = option(0.9, "update", "of AdamW", least=0, below=1)
     beta2: float = option(0.999, "update", "of AdamW", least=0, below=1)
     max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
+
     clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
     kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
@@ -101,46 +66,29 @@ class Config:
         "aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood")
     )
     guided_tokens: str = option(
-        "guidance",
-        "loss",
-        "which tokens count as guided (published: trajectory)",
-        choices=("guidance", "trajectory"),
+        "guidance", "loss", "which count as guided", choices=("guidance", "trajectory")
     )
     unlikely: float = option(
-        0.01,
-        "loss",
-        "guard (c): guided tokens of bad rollouts less likely than this are ordinary",
-        least=0,
+        0.01, "loss", "guard (c): in bad rollouts, guided tokens below it are ordinary", least=0
     )
     gamma_min: float = option(0.001, "loss", "gamma of the best advantage")
     gamma_max: float = option(-0.001, "loss", "gamma of the worst advantage")
     guards: bool = option(True, "loss", "guards (a) and (b) of the shaped weight")
+
     schedule: str = option(
-        "linear",
-        "teacher",
-        "decay of p over the first third",
-        choices=("constant", "linear", "cosine", "exp"),
+        "linear", "teacher", "of p_s", choices=("constant", "linear", "cosine", "exp")
     )
     schedule_steps: int = option(
-        0,
-        "teacher",
-        "steps whose first third that is; 0 is --steps as the run begins, "
-        "and stays that if --resume raises --steps",
-        least=0,
-        most=10**9,
+        0, "teacher", "p_s decays in their first third; 0: as --steps", least=0, most=10**9
     )
-    p_init: float = option(
-        0.1, "teacher", "share of a group that is guided at first", least=0, most=1
-    )
+    p_init: float = option(0.1, "teacher", "share of a group guided at first", least=0, most=1)
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(
         0.05, "teacher", "the teacher is off for good when p <= eps + 0.01", least=-0.01, most=1
     )
     teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
     teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
-    published: str = option(
-        "", "teacher", f"repeat the published code: all, or some of {','.join(PUBLISHED)}"
-    )
+    published: str = option("", "teacher", f"repeat the published code: all, or {ITEMS}")
 
     @property
     def published_items(self) -> frozenset[str]:
@@ -157,16 +105,10 @@ class Config:
         """Raises ValueError, naming the flag, if a value is out of range."""
         for setting in fields(self):
             check_limits(flag(setting.name), getattr(self, setting.name), setting.metadata)
-        if unknown := self.published_items - set(PUBLISHED):
-            raise ValueError(
-                f"--published does not know {', '.join(sorted(unknown))}: "
-                f"all, or some of {','.join(PUBLISHED)}"
-            )
+        if self.published_items - set(PUBLISHED):
+            raise ValueError(f"--published must be all, or {ITEMS}, not {self.published!r}")
         if self.p_min > self.p_init:
-            raise ValueError(
-                f"--p-min {self.p_min} is above --p-init {self.p_init}, but the share of help "
-                "can only fall: lower --p-min or raise --p-init"
-            )
+            raise ValueError(f"--p-min {self.p_min} must not be above --p-init {self.p_init}")
 
 
 LIMITS = {  # a limit: (whether a value keeps it, how a message says it)
@@ -191,22 +133,13 @@ def check_limits(name: str, value, limits) -> None:
 
 # What may change when a run is resumed: where its steps end, what they cost, how they are
 # evaluated; but not what a step does.
-MAY_CHANGE = {f.name for f in fields(Config) if f.metadata.get("may_change")} | {"eval_data"}
+MAY_CHANGE = {"steps", "save_every", "keep", "rows", "micro_batch", "recompute"}
+MAY_CHANGE |= {"eval_every", "eval_count", "eval_data"}
 
-DEMO = dict(
-    steps=80,
-    questions=16,
-    samples=8,
-    max_tokens=100,
-    mini_batch=8,
-    learning_rate=1e-4,
-    beta2=0.95,
-    teacher_prompt=180,
-    teacher_reply=120,
-    micro_batch=8192,
-    recompute=False,
-    save_every=0,
-)  # everything else is as published
+# The demonstration's settings. Everything else is as published.
+DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4)
+DEMO |= dict(beta2=0.95, teacher_prompt=180, teacher_reply=120)
+DEMO |= dict(micro_batch=8192, recompute=False, save_every=0)
 
 
 def add_config_flags(parser):
@@ -220,10 +153,8 @@ def add_config_flags(parser):
             kind = {"action": argparse.BooleanOptionalAction}
         else:
             kind = {"type": type(default), "choices": setting.metadata.get("choices")}
-        about = f"{setting.metadata['help']} ({default})"
-        groups[group].add_argument(
-            flag(setting.name), default=argparse.SUPPRESS, help=about, **kind
-        )
+        name, about = flag(setting.name), f"{setting.metadata['help']} ({default})"
+        groups[group].add_argument(name, default=argparse.SUPPRESS, help=about, **kind)
 
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -266,9 +197,7 @@ def check_used(args, config: Config) -> None:
         raise ValueError("--method grpo has no teacher: leave --teacher out")
     if not args.eval_data and (config.eval_every or config.eval_count):
         given = "--eval-every" if config.eval_every else "--eval-count"
-        raise ValueError(
-            f"{given} needs problems to evaluate on: give --eval-data too, or leave {given} out"
-        )
+        raise ValueError(f"{given} needs problems: give --eval-data too, or leave {given} out")
 
 
 def note_on_more_steps(config: Config, before: dict) -> str:
@@ -277,12 +206,9 @@ def note_on_more_steps(config: Config, before: dict) -> str:
     if type(was) is not int or config.steps <= was:
         return ""
     note = f"\n{config.steps} steps instead of {was}"
-    if config.method == "thinktuning":
-        note += (
-            f"; the teacher's share p_s stays that of a run of {config.schedule_steps} steps, "
-            "so a teacher that is off stays off"
-        )
-    return note
+    if config.method == "grpo":
+        return note
+    return f"{note}; the teacher's share p_s stays that of a run of {config.schedule_steps} steps"
 
 
 def named_settings(args: argparse.Namespace, config: Config) -> dict:
@@ -295,9 +221,5 @@ def named_settings(args: argparse.Namespace, config: Config) -> dict:
     else:
         args.again = "it cannot be resumed, because --save-every 0 kept no checkpoint"
     args.memory = f"lower --rows (sampling) or --micro-batch (update); {args.again}"
-    settings = {}
-    for name in KEPT:
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    settings.update(asdict(config))
-    return settings
+    kept = {name: getattr(args, name) for name in KEPT}
+    return {name: value for name, value in kept.items() if value is not None} | asdict(config)

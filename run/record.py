@@ -44,24 +44,19 @@ class Run:
         self.began, self.began_at = time.perf_counter(), 0  # when, and at which step
         self.files = [self.path / "metrics.jsonl", self.path / "transcripts.jsonl"]
         if self.is_first:
-            self.prepare_directory()
-            self.open_files()
+            writable(self.path)
+            self.lock = lock(self.path / "lock")
+            self.prepare_files()
 
-    def prepare_directory(self) -> None:
-        writable(self.path)
-        self.lock = lock(self.path / "lock")
+    def prepare_files(self) -> None:
         stored = self.path / "config.json"
-        if self.resume and (steps := steps_without_checkpoint(self.path)):
-            raise ValueError(
-                f"{self.path} holds {steps} steps but no checkpoint, so --resume would begin "
-                "again and delete them: give another --out"
-            )
         if self.resume and stored.exists():
             same_settings(stored, self.config)
-            return
-        for file in self.files:
-            file.write_bytes(b"")
-        write_json(stored, self.config)
+        else:
+            for file in self.files:
+                file.write_bytes(b"")
+            write_json(stored, self.config)
+        self.open_files()
 
     def open_files(self) -> None:
         self.metrics, self.transcripts = (open(file, "a") for file in self.files)
@@ -75,11 +70,10 @@ class Run:
         """
         history: list[dict[str, Any]] = []
         if self.resume:
-            self.began_at = checkpoint.restore(
-                self.path / "checkpoint", student, optimizer, self.config
-            )
+            kept = self.path / "checkpoint"
+            self.began_at = checkpoint.restore(kept, student, optimizer, self.config)
             history, _ = (cut(file, self.began_at, self.is_first) for file in self.files)
-            self.check_history(history)
+            check_history(self.files[0], history)
             if self.is_first:
                 write_json(self.path / "config.json", self.config)  # with the settings of now
                 self.close()
@@ -88,29 +82,13 @@ class Run:
             self.sinks = open_sinks(self.sink_names, self.path, self.config, self.began_at)
         return self.began_at, history
 
-    def check_history(self, history: list[dict[str, Any]]) -> None:
-        """Raises RunFailed unless every step has the metrics that the loop reads again."""
-        for metrics in history:
-            for key in ("skipped", "teacher_asked", "teacher_parsed"):
-                if type(metrics.get(key)) not in (int, float):
-                    raise RunFailed(
-                        f"{self.files[0]} is not what a run writes: start anew with another --out"
-                    )
-
     def save(self, step: int, student: LM, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint after `step` steps, once the disk has all lines written so far."""
         if self.is_first:
             for file in self.files:
                 checkpoint.flush(file)
-        checkpoint.save(
-            self.path / "checkpoint",
-            step,
-            student,
-            optimizer,
-            self.config,
-            self.config["keep"],
-            self.is_first,
-        )
+        kept, keep = self.path / "checkpoint", self.config["keep"]
+        checkpoint.save(kept, step, student, optimizer, self.config, keep, self.is_first)
 
     def log(self, metrics: dict[str, Any], steps: int, transcripts: list[dict[str, Any]]) -> None:
         """Write a step's metrics and transcripts, and show the progress among all `steps`."""
@@ -123,20 +101,30 @@ class Run:
             sink.log(metrics["step"], metrics)
         done = metrics["step"] + 1
         left = (time.perf_counter() - self.began) / (done - self.began_at) * (steps - done)
-        progress(
-            f"{self.label} {done}/{steps}  reward {metrics['reward']:.2f}  "
-            f"accuracy {metrics['sampled_accuracy']:.2f}  "
-            f"reflects {metrics['reflection_rate']:.2f}  "
-            f"guided {metrics['guided_share_of_rollouts']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(left)} left",
-            last=done == steps,
-            plain=done % max(1, steps // 10) == 0 or done == 1,
-        )
+        shown = {
+            "reward": metrics["reward"],
+            "accuracy": metrics["sampled_accuracy"],
+            "reflects": metrics["reflection_rate"],
+            "guided": metrics["guided_share_of_rollouts"],
+        }
+        numbers = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
+        speed = f"{metrics['tokens_per_second']:,.0f} tok/s"
+        line = f"{self.label} {done}/{steps}  {numbers}  {speed}  {clock(left)} left"
+        is_tenth = done == 1 or done % max(1, steps // 10) == 0
+        progress(line, last=done == steps, plain=is_tenth)
 
     def close(self) -> None:
         if self.is_first:
             for file in (self.metrics, self.transcripts, *self.sinks):
                 file.close()
+
+
+def check_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Raises RunFailed unless every step has the metrics that the loop reads again."""
+    for metrics in history:
+        for key in ("skipped", "teacher_asked", "teacher_parsed"):
+            if type(metrics.get(key)) not in (int, float):
+                raise RunFailed(f"{path} is damaged at step {metrics['step']}: give another --out")
 
 
 def same_settings(path: Path, config: dict):
@@ -151,26 +139,24 @@ def same_settings(path: Path, config: dict):
         changed.append("steps")
     if changed:
         changes = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed]
-        raise ValueError(
-            f"{path.parent} is a run with other settings ({', '.join(changes)}): "
-            "give them as they were to resume it, or another --out"
-        )
+        raise ValueError(f"{path.parent} is a run with other settings: {', '.join(changes)}")
 
 
 def earlier_settings(path: Path, resume: bool) -> dict:
     """The config.json of the run that is to be resumed; {} if there is none.
 
-    Raises ValueError if the directory holds a run and `resume` is not given.
+    Raises ValueError if the directory holds a run and `resume` is not given, or if its steps would
+    be lost because it has no checkpoint.
     """
+    stored, lost = path / "config.json", steps_without_checkpoint(path)
+    if lost:
+        raise ValueError(f"{path} holds {lost} steps and no checkpoint: give another --out")
     if (path / "metrics.jsonl").exists() and not resume:
-        go_on = "" if steps_without_checkpoint(path) else "continue it with --resume, or "
-        raise ValueError(f"{path} already holds a run: {go_on}give another directory with --out")
-    if not resume:
-        return {}
-    stored = path / "config.json"
-    if stored.exists():
+        raise ValueError(f"{path} holds a run: continue it with --resume, or give another --out")
+    if resume and stored.exists():
         return read_json(stored)
-    print(f"{path} holds no run: a new one begins, with the flags as given")
+    if resume:
+        print(f"{path} holds no run: a new one begins, with the flags as given")
     return {}
 
 
@@ -201,8 +187,7 @@ def lock(path: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{path.parent} is in use by another run: wait for it, "
-                "or give another directory with --out"
+                f"{path.parent} is in use by another run: give another --out"
             ) from None
     return file
 
@@ -213,8 +198,7 @@ def cut(path: Path, step: int, write: bool) -> list[dict]:
     Returns the lines that stay. The file itself is changed only if `write` is set.
     """
     kept = []
-    lines = read_lines(path) if path.exists() else ()
-    for line, entry in lines:
+    for line, entry in read_lines(path) if path.exists() else ():
         if entry is None or entry["step"] >= step or not line.endswith("\n"):
             break
         kept.append((line, entry))
@@ -236,15 +220,10 @@ def writable(path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"no directory can be made at {path} ({error.strerror}): give another --out"
-        ) from None
+        raise ValueError(f"{path}: {error.strerror}: give another --out") from None
     for entry in path.iterdir():
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise ValueError(
-                f"{entry} is a link or a device, and a run writes only in its own directory: "
-                "take it away, or give another --out"
-            )
+            raise ValueError(f"{entry} is a link or a device: take it away, or give another --out")
     with tempfile.TemporaryFile(dir=path):
         return path
 
@@ -295,10 +274,9 @@ def describe_help(rollouts: list[Any]) -> dict[str, Any]:
     asked = [r for r in rollouts if r.asked]
     parsed = [r for r in asked if r.feedback is not None]
     guided = [r for r in parsed if r.guided_from is not None]
-    said_correct, opinion_right, behaviours = 0, 0, Counter()
+    opinion_right, behaviours = 0, Counter()
     for r in parsed:
         opinion, reason, phrase = r.feedback
-        said_correct += opinion == "correct"
         opinion_right += (opinion == "correct") == is_correct(r.attempt, r.answer)
         if shown := behaviour(f"{reason} {phrase}"):
             behaviours[shown] += 1
@@ -307,7 +285,6 @@ def describe_help(rollouts: list[Any]) -> dict[str, Any]:
         "teacher_parsed": len(parsed),
         "guided": len(guided),
         "guided_share_of_rollouts": len(guided) / len(rollouts),
-        "teacher_said_correct": said_correct,
         "teacher_opinion_right": opinion_right,
         "guided_reward": sum(r.reward for r in guided),
         "guided_original_reward": sum(is_correct(r.attempt, r.answer) for r in guided),

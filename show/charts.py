@@ -155,9 +155,10 @@ def ticks(low: float, high: float, whole=False) -> list[float]:
 
 def number(metrics: dict, key: str) -> float | None:
     """None: not measured at that step. NaN: measured, and no number that could be drawn."""
-    if key not in metrics:
-        return None
-    value = metrics[key]
+    return as_float(metrics[key]) if key in metrics else None
+
+
+def as_float(value) -> float:
     fits = isinstance(value, int | float) and abs(value) < HUGE
     return float(value) if fits else math.nan
 
@@ -231,16 +232,13 @@ def trend(points: list[Point], unit: str) -> str:
         e1, e2 = points[0].error, points[-1].error
     noise = 2 * math.hypot(e1, e2)
     start, end = format_value(first, unit), format_value(last, unit)
+    low, high = min(windows)[0], max(windows)[0]
+    far = max(2 * noise, (high - low) / 2)
     if len(points) == 1:
         return f"is at {end}"
-    lowest, highest = min(windows)[0], max(windows)[0]
-    far = max(2 * noise, (highest - lowest) / 2)
-    if highest - max(first, last) > far:
-        top = points[values.index(max(values))]
-        return f"peaks at {format_value(top.mean, unit)} (step {top.step:g}) and ends at {end}"
-    if min(first, last) - lowest > far:
-        dip = points[values.index(min(values))]
-        return f"dips to {format_value(dip.mean, unit)} (step {dip.step:g}) and ends at {end}"
+    if high - max(first, last) > far or min(first, last) - low > far:
+        low, high = format_value(low, unit), format_value(high, unit)
+        return f"moves between {low} and {high} and ends at {end}"
     if start == end:
         return f"stays at {end}"
     if abs(last - first) <= noise:

@@ -22,14 +22,8 @@ USABLE = 0.9  # of what is free
 GAPS = 1.3  # freed memory that fits no new tensor enlarges an update by this factor, on a CPU
 LARGEST_MICRO_BATCH = 1 << 16
 # The advice never goes below these. The teacher's exemplars alone take about 1,000 tokens.
-LEAST = {
-    "rows": 1,
-    "micro_batch": 1,
-    "max_tokens": 1,
-    "max_prompt": 1,
-    "teacher_reply": 1,
-    "teacher_prompt": 1500,
-}
+LEAST = dict.fromkeys(("rows", "micro_batch", "max_tokens", "max_prompt", "teacher_reply"), 1)
+LEAST |= {"teacher_prompt": 1500}
 
 
 @dataclass
@@ -46,9 +40,7 @@ class Sizes:
     @classmethod
     def read(cls, student_path, teacher_path, dtype, processes=1, device="cpu") -> Sizes:
         student = ModelConfig(**read_config(student_path)[0])
-        teacher = None
-        if teacher_path:
-            teacher = ModelConfig(**read_config(teacher_path)[0])
+        teacher = ModelConfig(**read_config(teacher_path)[0]) if teacher_path else None
         self_taught = student_path == teacher_path and processes == 1
         return cls(student, teacher, dtype, processes, self_taught, device)
 
@@ -65,30 +57,24 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     has its part of the float32 weights and of the optimiser's state, its share of the rows, and
     the whole weights for sampling.
     """
-    student, item, N = sizes.student, sizes.dtype.itemsize, sizes.processes
-    n, half = parameters(student), item < 4
+    student, item, N, rows = sizes.student, sizes.dtype.itemsize, sizes.processes, config.rows
+    n = parameters(student)
     sequence = config.max_prompt + config.max_tokens
     # The optimiser has two moments, and a master copy of weights that are not float32.
-    parts = {"weights": n * item, "optimiser": n * (12 if half else 8)}
+    parts = {"weights": n * item, "optimiser": n * (12 if item < 4 else 8)}
     if N > 1:
         parts = {"weights": 4 * n // N, "optimiser": 8 * n // N, "weights in one piece": n * item}
     if config.kl_coef and not sizes.self_taught:
         parts["reference"] = n * item
     if sizes.teacher:
         parts["teacher"] = parameters(sizes.teacher) * item
-        asked = min(config.teacher_prompt, sequence)  # of each row; the exemplars are there once
-        parts["asking the teacher"] = generation(
-            sizes.teacher,
-            config.rows,
-            asked,
-            config.teacher_reply,
-            item,
-            seen=config.teacher_prompt,
-        )
-    questions = min(config.questions, -(-config.rows // config.samples))
-    parts["sampling"] = generation(
-        student, config.rows, config.max_prompt, config.max_tokens, item, questions
-    )
+        seen = config.teacher_prompt
+        asked = min(seen, sequence)  # of each row; the exemplars are there once
+        reply = config.teacher_reply
+        parts["asking the teacher"] = generation(sizes.teacher, rows, asked, reply, item, seen=seen)
+    questions = min(config.questions, -(-rows // config.samples))
+    prompt, reply = config.max_prompt, config.max_tokens
+    parts["sampling"] = generation(student, rows, prompt, reply, item, questions)
     tokens = max(config.micro_batch, sequence)
     # In float32: logits, their exponentials, and a third tensor of the same size.
     logits = 12 * tokens * slice_size(tokens, sizes.device)
@@ -139,31 +125,25 @@ def fit(config: Config, sizes: Sizes, device, free: int, resumed=False) -> Confi
     run only what may still change.
     """
     usable = int(USABLE * free)
-    smallest = config.max_prompt + config.max_tokens  # one rollout
-    chosen = config
     if not config.micro_batch:
+        smallest = config.max_prompt + config.max_tokens  # one rollout
         size = LARGEST_MICRO_BATCH
         while size > smallest and peak(memory(replace(config, micro_batch=size), sizes)) > usable:
             size //= 2
-        chosen = replace(config, micro_batch=max(size, smallest))
-    needed = peak(memory(chosen, sizes))
+        config = replace(config, micro_batch=max(size, smallest))
+    needed = peak(memory(config, sizes))
     if needed <= usable:
-        return chosen
-    raise ValueError(
-        f"the run needs about {needed / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; "
-        + advice(chosen, sizes, usable, resumed)
-    )
+        return config
+    about = f"about {needed / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free"
+    raise ValueError(f"the run needs {about}; {advice(config, sizes, usable, resumed)}")
 
 
 def advice(config: Config, sizes: Sizes, usable: int, resumed: bool) -> str:
     """What a reader can do about a run that needs more than `usable` bytes."""
     least = least_memory(config, sizes, resumed)
     if least > usable:
-        smaller = "" if resumed else " or a smaller model"
-        return (
-            f"the smallest settings still need {least / GIB:.1f} GiB: "
-            f"take a device with more memory{smaller}"
-        )
+        device = "a device with more memory" + ("" if resumed else " or a smaller model")
+        return f"the smallest settings still need {least / GIB:.1f} GiB: take {device}"
     needed = peak(memory(config, sizes))
     savings = {}
     for change, smaller_config, smaller_sizes in economies(config, sizes, resumed):
@@ -201,17 +181,15 @@ def describe(config: Config, sizes: Sizes, device, free: int) -> str:
     """Four lines about the run that begins."""
     parts = memory(config, sizes)
     kind = str(sizes.dtype).removeprefix("torch.")
-    if sizes.dtype.itemsize < 4:
-        kind += ", float32 master weights"
+    masters = ", float32 master weights" if sizes.dtype.itemsize < 4 else ""
+    questions = f"{config.questions} questions x {config.samples} rollouts"
+    micro_batch = f"micro-batches of {config.micro_batch:,} tokens"
     estimates = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    lines = [
-        f"{parameters(sizes.student):,} parameters in {kind}, on {device}",
-        f"{config.steps} steps of {config.questions} questions x {config.samples} rollouts "
-        f"of up to {config.max_tokens} tokens; micro-batches of {config.micro_batch:,} tokens",
-        f"memory, estimated: {estimates}",
-        f"at its peak {peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free: it fits",
-    ]
-    return "\n".join(lines)
+    room = f"{peak(parts) / GIB:.2f} GiB of {free / GIB:.2f} GiB free"
+    return f"""{parameters(sizes.student):,} parameters in {kind}{masters}, on {device}
+{config.steps} steps of {questions} of up to {config.max_tokens} tokens; {micro_batch}
+memory, estimated: {estimates}
+at its peak {room}: it fits"""
 
 
 def free_memory(device) -> int:

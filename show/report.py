@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from data.exemplars import CUES
 from show import charts
-from show.charts import Line, Point, esc, finite, format_value, number, series, table
+from show.charts import Line, Point, as_float, esc, finite, format_value, number, series, table
 from show.read_runs import Recorded, check_steps, read_runs
 
 STYLE = (Path(__file__).parent / "report.css").read_text()
@@ -59,11 +59,10 @@ def write_page(out: Path, text: str) -> None:
 
 def page(runs: list[Recorded], summaries: list[dict]) -> str:
     groups = group_runs(runs)
-    tested = tested_methods(summaries, groups)
-    results = outcome(groups, tested)
-    taught = [g for g in groups if any(p.mean for p in g.series("teacher_asked"))]
+    tested = tested_methods(summaries)
+    taught = [group for group in groups if any(p.mean for p in group.series("teacher_asked"))]
     sections = {
-        "The outcome": tiles(results) + held_out_table(tested),
+        "The outcome": held_out_table(tested),
         "What was run": runs_table(runs) + settings_table(groups),
         "What the student learned": method_charts(groups, LEARNED),
         "Inside the update": method_charts(groups, UPDATE),
@@ -78,7 +77,7 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
             nav += f'<a href="#{anchor}">{heading}</a> '
             body += f"""<section aria-labelledby="{anchor}"><h2 id="{anchor}">{heading}</h2>
 {content}</section>\n"""
-    title = esc(headline(results))
+    title = esc(headline(tested or groups))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -87,8 +86,7 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
 <link rel="icon" href="data:,"><title>{title}</title>
 <style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
-<header><p class="kicker">Report of {len(runs)} run{"s" * (len(runs) != 1)}</p><h1>{title}</h1>
-<p class="kicker">{INTRODUCTION}</p>
+<header><h1>{title}</h1><p class="kicker">{INTRODUCTION}</p>
 <nav aria-label="Sections">{nav}</nav></header>
 <main id="main">
 {body}</main></body></html>
@@ -144,61 +142,36 @@ def method_of(run: Recorded) -> str:
 # The outcome, and what was run.
 
 
-class Result(NamedTuple):
-    name: str
-    style: str
-    accuracy: Point
-    reflects: Point
-    what: str  # was answered
-
-
-def outcome(groups, tested) -> list[Result]:
-    """Each method's scores: a demonstration's if there is one, else those of the last step."""
-    accuracy, reflects, what = "accuracy", "reflection_rate", "held-out problems"
-    if not tested and all(group.series("eval_accuracy") for group in groups):
-        accuracy, reflects = "eval_accuracy", "eval_reflection_rate"
-    elif not tested:
-        accuracy, what = "sampled_accuracy", "its last samples"
-    results = []
-    for g in tested or groups:
-        results.append(Result(g.name, g.style, g.last(accuracy), g.last(reflects), what))
-    return [result for result in results if math.isfinite(result.accuracy.mean)]
-
-
-def tested_methods(summaries, groups) -> list[Group]:
+def tested_methods(summaries) -> list[Group]:
     """The methods of demonstrations, with their held-out scores as the metrics of one step."""
-    styles = {method_of(group.runs[0]): group.style for group in reversed(groups)}
     tested = []
     for method, name in METHODS.items():
         scores = [s[method] for s in summaries if isinstance(s.get(method), dict)]
         runs = [Recorded(Path(), {}, [{**row, "step": 0}], []) for row in scores]
         if runs:
-            tested.append(Group(name, styles.get(name, "sbase"), runs))
+            tested.append(Group(name, "", runs))
     return tested
 
 
-def headline(results) -> str:
-    if not results:
+def headline(groups: list[Group]) -> str:
+    """What the best method reaches, and the others: held out if all were evaluated."""
+    accuracy, what = "sampled_accuracy", "its last samples"
+    for measure in ("eval_accuracy", "accuracy"):  # of runs, of demonstrations
+        if all(group.series(measure) for group in groups):
+            accuracy, what = measure, "held-out problems"
+    scores = [(group.name, group.last(accuracy).mean) for group in groups]
+    return best_and_others([score for score in scores if math.isfinite(score[1])], what)
+
+
+def best_and_others(scores: list[tuple[str, float]], what: str) -> str:
+    if not scores:
         return "Nothing was measured"
-    best, *others = sorted(results, key=lambda result: -result.accuracy.mean)
-    shown = [f", {r.name} {format_value(r.accuracy.mean, '%')}" for r in others]
+    scores = sorted(scores, key=lambda score: -score[1])
+    (best, share), *others = [(name, format_value(mean, "%")) for name, mean in scores]
+    shown = "".join(f", {name} {its_share}" for name, its_share in others)
     if len(others) > 3:
-        low, high = (format_value(r.accuracy.mean, "%") for r in (others[-1], others[0]))
-        shown = [f", the others {low} to {high}"]
-    share = format_value(best.accuracy.mean, "%")
-    return f"{best.name} gets {share} of {best.what} right" + "".join(shown)
-
-
-def tiles(results) -> str:
-    """The outcome in figures that the back row can read."""
-    shown = ""
-    for r in results:
-        name, error = f"{charts.swatch(r.style)} {esc(r.name)}", format_value(r.accuracy.error, "%")
-        shown += f"""<div class="tile {r.style}"><p class="name">{name}</p>
-<p class="big">{format_value(r.accuracy.mean, "%")}
-{f"<small>± {error}</small>" if r.accuracy.error else ""}</p><p>of {r.what} right</p>
-<p><b>{format_value(r.reflects.mean, "%")}</b> of responses reflect</p></div>"""
-    return f'<div class="tiles">{shown}</div>' if shown else ""
+        shown = f", the others {others[-1][1]} to {others[0][1]}"
+    return f"{best} gets {share} of {what} right{shown}"
 
 
 HELD_OUT = (  # score, key, unit
@@ -216,15 +189,14 @@ HELD_OUT = (  # score, key, unit
 
 
 def held_out_table(tested) -> str:
-    if not tested:
-        return ""
     rows = []
     for title, key, unit in HELD_OUT:
         rows.append([title, *(charts.with_error(group.last(key), unit) for group in tested)])
-    several = max(len(group.runs) for group in tested)
+    several = max((len(group.runs) for group in tested), default=0)
     over = f"{several} demonstrations" if several > 1 else "the problems"
     caption = f"Held-out problems of the demonstration; ± is the standard error over {over}"
-    return table(caption, ["score", *(group.name for group in tested)], rows)
+    content = table(caption, ["score", *(group.name for group in tested)], rows)
+    return content if tested else ""
 
 
 def runs_table(runs) -> str:
@@ -358,15 +330,17 @@ def transcripts(groups, room: int) -> str:
     articles, left_out = {heading: "" for _, heading, _ in found}, 0
     for _, heading, line in sorted(found, key=itemgetter(0)):  # one of each step first
         text = article(line)
-        fits = len(text.encode()) <= room
-        room -= len(text.encode()) if fits else 0
-        articles[heading] += text if fits else ""
-        left_out += not fits
+        if (size := len(text.encode())) > room:
+            left_out += 1
+        else:
+            articles[heading] += text
+            room -= size
     content = legend() if found else ""
     for heading, texts in articles.items():
         content += f'<h3>{esc(heading)}</h3><div class="grid">{texts}</div>' if texts else ""
-    more = f"<p>{left_out} more would not fit on the page; transcripts.jsonl has them.</p>"
-    return content + (more if left_out else "")
+    if left_out:
+        content += f"<p>{left_out} more would not fit on the page; transcripts.jsonl has them.</p>"
+    return content
 
 
 def telling_steps(lines) -> dict[int, str]:
@@ -375,11 +349,10 @@ def telling_steps(lines) -> dict[int, str]:
     guided = [line["step"] for line in lines if line.get("guidance")]
     told = {step: "the last step" for step in steps[-1:]}
     if guided:
-        last = max(guided)
-        alone = [step for step in steps if step > last]
-        told.update({step: "the first on its own" for step in alone[:1]})
-        told[last] = "the teacher’s last"
-    told.update({step: "the first step" for step in steps[:1]})
+        alone = [step for step in steps if step > max(guided)]
+        told |= {step: "the first on its own" for step in alone[:1]}
+        told[max(guided)] = "the teacher’s last"
+    told |= {step: "the first step" for step in steps[:1]}
     return dict(sorted(told.items()))
 
 
@@ -393,20 +366,19 @@ the weight of each in the loss as its update began:</p><ul class="phrase">{"".jo
 
 def article(line: dict) -> str:
     """One rollout: question, attempt, the teacher's opinion, reason and phrase, its reward."""
-    opinion, right = line.get("opinion"), line.get("attempt_right")
     facts = {
         "Right answer": shorten(line.get("answer")),
-        "Attempt": "–" if right is None else "right" if right else "wrong",
+        "Attempt": "right" if line.get("attempt_right") else "wrong",
         "Reward": format_value(number(line, "reward") or 0.0, ""),
         "Advantage": f"{number(line, 'advantage') or 0.0:+.2f}",
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
     body = labelled("student", "Student", shorten(line.get("student")))
-    if opinion:
-        body += labelled("opinion", "Teacher’s opinion", shorten(opinion))
+    if line.get("opinion"):
+        body += labelled("opinion", "Teacher’s opinion", shorten(line["opinion"]))
     if line.get("guidance"):
         body += guidance(line)
-    elif opinion:
+    elif line.get("opinion"):
         body += '<p class="note">Its words did not fit after the attempt.</p>'
     question = f'<p class="question" dir="auto">{shorten(line.get("question"))}</p>'
     return f"<article>{question}<dl>{listed}</dl>{body}</article>\n"
@@ -414,18 +386,16 @@ def article(line: dict) -> str:
 
 def guidance(line) -> str:
     """The teacher's reason and phrase, each token shaded by its weight."""
-    tokens = []
+    boundary = len(f"\n\n{line['reason']}") if line.get("reason") else 0
+    parts, length = {"reason": "", "phrase": ""}, 0
     try:
-        for text, w, pi in line.get("guidance_tokens"):
-            tokens.append((str(text), number({"w": w}, "w"), number({"π": pi}, "π")))
+        for text, w, pi in line.get("guidance_tokens")[: LONGEST_TEXT // 4]:
+            part = "reason" if length < boundary else "phrase"
+            parts[part] += shaded(str(text), as_float(w), as_float(pi))
+            length += len(str(text))
     except (TypeError, ValueError):
         problem = "guidance_tokens is not a list of [text, w, π]; restore it or delete the line"
         raise ValueError(f"transcripts.jsonl, step {line['step']}: {problem}") from None
-    boundary = len(f"\n\n{line['reason']}") if line.get("reason") else 0
-    parts, length = {"reason": "", "phrase": ""}, 0
-    for text, w, pi in tokens[: LONGEST_TEXT // 4]:
-        parts["reason" if length < boundary else "phrase"] += shaded(text, w, pi)
-        length += len(text)
     shown = [labelled(name, f"Teacher’s {name}", text) for name, text in parts.items() if text]
     return "".join(shown)
 

@@ -448,21 +448,19 @@ def test_a_trend_is_named_only_where_it_stands_out_from_the_noise():
     assert trend(points(0.4, 0.61, error=0.03), "%") == "rises from 40% to 61%"
     assert trend(points(0.5, 0.5, 0.5), "%") == "stays at 50%"
     peak = points(*[0.0] * 20, *[1.0] * 20, *[0.0] * 20)
-    assert trend(peak, "%") == "peaks at 100% (step 20) and ends at 0%"
+    assert trend(peak, "%") == "moves between 0% and 100% and ends at 0%"
     dip = points(*[1.0] * 20, *[0.5] * 20, *[1.0] * 20)
-    assert trend(dip, "") == "dips to 0.5 (step 20) and ends at 1"
+    assert trend(dip, "") == "moves between 0.5 and 1 and ends at 1"
     assert trend(points(7.0), "tokens") == "is at 7"
 
 
 def test_a_headline_of_many_methods_gives_their_range():
-    reflects = Point(0, 0.5, 0.0)
-    results = [
-        report.Result(name, "s0", Point(0, value, 0.0), reflects, "held-out problems")
-        for name, value in zip("abcdef", (0.1, 0.9, 0.3, 0.2, 0.15, 0.4))
-    ]
+    scores = list(zip("abcdef", (0.1, 0.9, 0.3, 0.2, 0.15, 0.4)))
     best = "b gets 90% of held-out problems right"
-    assert report.headline(results[:4]) == best + ", c 30%, d 20%, a 10%"
-    assert report.headline(results) == best + ", the others 10% to 40%"
+    shown = report.best_and_others(scores[:4], "held-out problems")
+    assert shown == best + ", c 30%, d 20%, a 10%"
+    shown = report.best_and_others(scores, "held-out problems")
+    assert shown == best + ", the others 10% to 40%"
 
 
 def test_many_lines_are_told_by_the_highest_and_the_lowest():

@@ -53,19 +53,9 @@ from thinktuning import train
 HOME = Path(__file__).resolve().parents[1]  # where the program is
 
 
-def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more):
-    return dict(
-        vocab_size=vocab_size,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        ffn_dim=ffn_dim,
-        head_dim=dim // n_heads,
-        tie_embeddings=True,
-        max_seq_len=4096,
-        **more,
-    )
+def shape(vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, **more) -> ModelConfig:
+    sizes = (vocab_size, dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim)
+    return ModelConfig(*sizes, tie_embeddings=True, max_seq_len=4096, **more)
 
 
 SHAPES = {
@@ -75,11 +65,9 @@ SHAPES = {
     "3b": shape(128_256, 3072, 28, 24, 8, 8192),
 }
 PROMPTS = {"tiny": 8, "135m": 2, "0.5b": 2, "3b": 8}
-BATCH = {
-    "0.5b": (4, 128),
-    "3b": (8, 1536),
-}  # rows and tokens of an update; else those of the rollouts
+BATCH = {"0.5b": (4, 128), "3b": (8, 1536)}  # rows and tokens of an update, or those of rollouts
 SAMPLES, LENGTH = 8, 64  # samples a prompt; tokens of a prompt, and of a response
+SAMPLING = dict(max_tokens=LENGTH, stop=(), logprobs=True)
 PARTS = ("rollouts", "update", "teacher", "step")
 
 
@@ -104,13 +92,9 @@ def main(argv=None) -> int:
     for name in args.shapes:
         bench.model = model_of(name, args.device, getattr(torch, args.dtype))
         for part in args.parts:
-            getattr(bench, part)(name)
-    if args.startup:
-        bench.startup()
-    if args.problems:
-        bench.padding(args.problems)
-    if args.base:
-        bench.demonstration(args.base)
+            bench.place = (name, part)
+            getattr(bench, part)()
+    bench.other_parts(args)
     if args.json:
         Path(args.json).write_text(json.dumps({**bench.about, "results": bench.results}, indent=1))
     return 0
@@ -126,9 +110,7 @@ def check(args) -> None:
     if args.problems:
         lines = Path(args.problems).read_text().splitlines()
         if not all("question" in json.loads(line) for line in lines):
-            raise ValueError(
-                f"{args.problems}: every line must be an object with a question and an answer"
-            )
+            raise ValueError(f"{args.problems}: every line must have a question and an answer")
     if args.base:
         Tokenizer.load(args.base)
         LM.load(args.base)
@@ -141,6 +123,7 @@ class Bench:
         self.device, self.dtype = args.device, getattr(torch, args.dtype)
         self.repeats, self.threads = args.repeats, args.threads
         self.model, self.results = None, []
+        self.place = ("", "")  # the shape and the part that are measured
         size, side = (1 << 28, 8192) if args.device == "cuda" else (1 << 26, 1024)
         store = torch.ones(size, device=args.device)
         reading = self.times({"": store.sum})[""]
@@ -148,12 +131,9 @@ class Bench:
         a, b = torch.randn(2, side, side, device=args.device, dtype=self.dtype)
         multiplying = self.times({"": lambda: a @ b})[""]
         self.flops = 2 * side**3 / min(multiplying)  # floating-point operations a second
-        if args.device == "cuda":
-            name = torch.cuda.get_device_name()
-        else:
-            name = f"{platform.processor() or platform.machine()} CPU"
+        cpu = f"{platform.processor() or platform.machine()} CPU"
         self.about = {
-            "device": name,
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
             "threads": args.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -175,26 +155,14 @@ class Bench:
                     seconds[name].append(spent)
         return seconds
 
-    def report(self, shape, part, what, seconds, note="", **more):
+    def report(self, what, seconds, note="", **more) -> None:
         median = statistics.median(seconds)
         spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
-        print(
-            f"{shape:<8}{part:<10}{what:<50}{median:>8.3f}s   {spread}  {note}",
-            flush=True,
-        )
-        self.results.append(
-            {
-                "shape": shape,
-                "part": part,
-                "what": what,
-                "median_s": median,
-                "seconds": seconds,
-                **more,
-            }
-        )
-        return median
+        self.note(f"{what:<50}{median:>8.3f}s   {spread}  {note}")
+        self.results[-1] |= {"what": what, "median_s": median, "seconds": seconds, **more}
 
-    def note(self, shape, part, sentence, **more):
+    def note(self, sentence, **more) -> None:
+        shape, part = self.place
         print(f"{shape:<8}{part:<10}{sentence}", flush=True)
         self.results.append({"shape": shape, "part": part, "what": sentence, **more})
 
@@ -213,11 +181,8 @@ class Bench:
         head = m.head.weight.numel()
         body = sum(p.numel() for p in m.layers.parameters())
         reach = before + (tokens + 1) / 2  # positions that a token sees, on average
-        flops = (
-            2 * body * rows * tokens
-            + 2 * head * head_rows
-            + 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
-        )
+        flops = 2 * body * rows * tokens + 2 * head * head_rows
+        flops += 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
         cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * rows * (before + tokens)
         return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.flops)
 
@@ -235,131 +200,98 @@ class Bench:
 
     # The parts.
 
-    def rollouts(self, shape):
-        gpu = self.device == "cuda"
-        options = dict(max_tokens=LENGTH, stop=(), logprobs=True)
-        for count in (1, 8, 32) if gpu else (PROMPTS[shape],):
-            prompts, rows = self.prompts(count), count * SAMPLES
-            repeated = [p for p in prompts for _ in range(SAMPLES)]
-            rivals = {"ours": lambda: generate(self.model, prompts, samples=SAMPLES, **options)}
-            if gpu:
-                rivals = {
-                    "compiled": rivals["ours"],
-                    "eager": mock.patch.object(self.model, "compile_step", None)(rivals["ours"]),
-                }
-                traces, count_before, first = (
-                    RECORDER.traces,
-                    RECORDER.count,
-                    timed(rivals["compiled"]),
-                )
-            else:
-                rivals["the prompt once a sample"] = lambda: generate(
-                    self.model, repeated, **options
-                )
-            floor = self.rollout_floor(count, rows)
-            for what, s in self.times(rivals).items():
-                share = floor / statistics.median(s)
-                speed = rows * LENGTH / statistics.median(s)
-                self.report(
-                    shape,
-                    "rollouts",
-                    f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens",
-                    s,
-                    f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed",
-                    tokens_per_second=speed,
-                    floor_s=floor,
-                    share_of_floor=share,
-                )
-            if gpu:
-                more = first - statistics.median(self.results[-2]["seconds"])
-                self.note(
-                    shape,
-                    "rollouts",
-                    f"the first call took {more:.2f}s longer: "
-                    f"{RECORDER.traces - traces} steps traced; "
-                    f"{RECORDER.count - count_before} recordings in {self.repeats + 2} calls",
-                    first_s=first,
-                )
-        if gpu:
-            self.kernels(
-                shape, lambda: generate(self.model, self.prompts(1), samples=SAMPLES, **options)
-            )
+    def rollouts(self):
+        if self.device == "cuda":
+            for count in (1, 8, 32):
+                self.rollouts_on_a_gpu(count)
+            self.kernels(lambda: generate(self.model, self.prompts(1), samples=SAMPLES, **SAMPLING))
             return
-        steps = range(
-            0, LENGTH, LENGTH // 4
-        )  # without a cache every step costs more than the last: four of them stand for all
+        count = PROMPTS[self.place[0]]
+        prompts = self.prompts(count)
+        repeated = [p for p in prompts for _ in range(SAMPLES)]
+        rivals = {
+            "ours": lambda: generate(self.model, prompts, samples=SAMPLES, **SAMPLING),
+            "the prompt once a sample": lambda: generate(self.model, repeated, **SAMPLING),
+        }
+        self.compare_rollouts(count, rivals)
+        # Without a cache every step costs more than the last: four of them stand for all.
+        steps = range(0, LENGTH, LENGTH // 4)
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
-        self.report(
-            shape, "rollouts", f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s
+        self.report(f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
+
+    def rollouts_on_a_gpu(self, count):
+        prompts = self.prompts(count)
+
+        def ours():
+            generate(self.model, prompts, samples=SAMPLES, **SAMPLING)
+
+        eager = mock.patch.object(self.model, "compile_step", None)(ours)
+        rivals = {"compiled": ours, "eager": eager}
+        traces, recordings, first = RECORDER.traces, RECORDER.count, timed(ours)
+        seconds = self.compare_rollouts(count, rivals)["compiled"]
+        traced, recorded = RECORDER.traces - traces, RECORDER.count - recordings
+        self.note(
+            f"the first call took {first - statistics.median(seconds):.2f}s longer: "
+            f"{traced} steps traced; {recorded} recordings in {self.repeats + 2} calls",
+            first_s=first,
         )
 
-    def kernels(self, shape, function):
+    def compare_rollouts(self, count, rivals) -> dict[str, list[float]]:
+        rows = count * SAMPLES
+        floor, seconds = self.rollout_floor(count, rows), self.times(rivals)
+        for what, s in seconds.items():
+            share = floor / statistics.median(s)
+            speed = rows * LENGTH / statistics.median(s)
+            numbers = dict(tokens_per_second=speed, floor_s=floor, share_of_floor=share)
+            what = f"{what}, {count} x {SAMPLES}, {LENGTH}+{LENGTH} tokens"
+            self.report(
+                what, s, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed", **numbers
+            )
+        return seconds
+
+    def kernels(self, function):
         """The names of the kernels that a function runs."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        events = [
-            event
-            for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        names = sorted(
-            {
-                event.name
-                for event in events
-                if not event.name.startswith(("Mem", "Activity", "Buffer"))
-            }
-        )
-        triton = [name for name in names if "triton" in name.lower()]
-        self.note(
-            shape,
-            "rollouts",
-            f"of {len(names)} kernels that ran, Triton's: {', '.join(triton) or 'none'}",
-            kernels=names,
-        )
+        names = set()
+        for event in profile.events():
+            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            if on_gpu and not event.name.startswith(("Mem", "Activity", "Buffer")):
+                names.add(event.name)
+        triton = ", ".join(name for name in sorted(names) if "triton" in name.lower()) or "none"
+        self.note(f"of {len(names)} kernels that ran, Triton's: {triton}", kernels=sorted(names))
 
     @torch.no_grad()
     def uncached_step(self, prompts, t):
         tokens = torch.tensor([p + [0] * t for p in prompts], device=self.device)
         torch.multinomial(self.model(tokens)[:, -1].float().softmax(-1), 1)
 
-    def update(self, shape):
-        rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
+    def update(self):
+        rows, width = batch_of(self.place[0])
         tokens = torch.tensor(self.prompts(rows, width + 1), device=self.device)
         peaks = {}
         for name in PASSES:
             try:
-                peaks[name] = self.peak(name, tokens, shape)
+                peaks[name] = self.peak(name, tokens)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                self.note(shape, "update", f"{name}, {rows} x {width} tokens: out of memory")
+                self.note(f"{name}, {rows} x {width} tokens: out of memory")
         seconds = self.times({name: lambda f=PASSES[name]: f(self.model, tokens) for name in peaks})
         for name, s in seconds.items():
-            speed = rows * width / statistics.median(s)
-            self.report(
-                shape,
-                "update",
-                f"{name}, {rows} x {width} tokens, forward + backward",
-                s,
-                f"{speed:,.0f} tokens/s, peak {peaks[name] / 2**20:,.0f} MB",
-                tokens_per_second=speed,
-                peak_bytes=peaks[name],
-            )
-        ours = statistics.median(seconds["ours"])
+            speed, peak = rows * width / statistics.median(s), peaks[name]
+            what = f"{name}, {rows} x {width} tokens, forward + backward"
+            note = f"{speed:,.0f} tokens/s, peak {peak / 2**20:,.0f} MB"
+            self.report(what, s, note, tokens_per_second=speed, peak_bytes=peak)
         for name in seconds.keys() - {"ours"}:
-            time_ratio = ours / statistics.median(seconds[name])
-            memory_ratio = peaks["ours"] / peaks[name]
-            self.note(
-                shape,
-                "update",
-                f"ours to {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}",
-                time_ratio=time_ratio,
-                memory_ratio=memory_ratio,
-            )
+            slower = statistics.median(seconds["ours"]) / statistics.median(seconds[name])
+            larger = peaks["ours"] / peaks[name]
+            sentence = f"ours to {name}: time {slower:.2f}, memory {larger:.2f}"
+            self.note(sentence, time_ratio=slower, memory_ratio=larger)
         self.model.zero_grad(set_to_none=True)
 
-    def peak(self, name, tokens, shape):
+    def peak(self, name, tokens):
         """Bytes that a pass needs beyond weights and gradients.
 
         On a CPU only a process's whole memory can be measured, so the pass gets its own process.
@@ -370,171 +302,137 @@ class Bench:
             before = torch.cuda.memory_allocated()
             PASSES[name](self.model, tokens)
             return torch.cuda.max_memory_allocated() - before
-        settings = [
-            "--shapes",
-            shape,
-            "--threads",
-            str(self.threads),
-            "--device",
-            "cpu",
-            "--dtype",
-            str(self.dtype).removeprefix("torch."),
-        ]
-        command = [sys.executable, "-m", "tools.bench", "--peak", name, *settings]
+        dtype = str(self.dtype).removeprefix("torch.")
+        flags = f"--shapes {self.place[0]} --threads {self.threads} --device cpu --dtype {dtype}"
+        command = [sys.executable, "-m", "tools.bench", "--peak", name, *flags.split()]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HOME)
         return int(done.stdout)
 
-    def teacher(self, shape):
+    def teacher(self):
         """16 requests of 100 tokens answered with 64, behind 1,500 tokens of exemplars or none."""
         prompts, (exemplars,) = self.prompts(16, 100), self.prompts(1, 1500)
         options = dict(max_tokens=LENGTH, stop=(), temperature=0)
-        (once,) = self.times({"": lambda: prefill(self.model, [exemplars])}).values()
+        once = self.times({"": lambda: prefill(self.model, [exemplars])})[""]
         prefix, _ = prefill(self.model, [exemplars])
-        seconds = self.times(
-            {
-                "no exemplars": lambda: generate(self.model, prompts, **options),
-                "1,500 tokens of exemplars": lambda: generate(
-                    self.model, prompts, prefix=prefix, **options
-                ),
-            }
-        )
-        plain, behind = (statistics.median(s) for s in seconds.values())
+        rivals = {
+            "no exemplars": lambda: generate(self.model, prompts, **options),
+            "1,500 tokens of exemplars": lambda: generate(
+                self.model, prompts, prefix=prefix, **options
+            ),
+        }
+        seconds = self.times(rivals)
         for what, s in seconds.items():
-            self.report(shape, "teacher", f"16 requests, {what}", s)
+            self.report(f"16 requests, {what}", s)
+        plain, behind = (statistics.median(s) for s in seconds.values())
         ratio = (behind + statistics.median(once) / 100) / plain
-        self.report(
-            shape,
-            "teacher",
-            "the exemplars, once a run",
-            once,
-            f"ratio over 100 calls: {ratio:.2f}",
-            ratio=ratio,
-        )
+        note = f"ratio over 100 calls: {ratio:.2f}"
+        self.report("the exemplars, once a run", once, note, ratio=ratio)
 
-    def step(self, shape):
-        prompts = self.prompts(PROMPTS[shape])
+    def step(self):
+        prompts = self.prompts(PROMPTS[self.place[0]])
         optimizer = MasterAdamW(self.model.parameters(), lr=1e-6, fused=True)
         spent = {"rollouts": [], "forward and backward": [], "AdamW": []}
+        places = {"rollouts": (sys.modules[__name__], "generate"), "AdamW": (optimizer, "step")}
 
         def step():
-            with clocked(
-                {"rollouts": (sys.modules[__name__], "generate"), "AdamW": (optimizer, "step")}
-            ) as clocks:
-                responses, logs = generate(
-                    self.model, prompts, max_tokens=LENGTH, stop=(), samples=SAMPLES, logprobs=True
-                )
-                rollouts = [
-                    Rollout(
-                        prompts[i // SAMPLES],
-                        ids,
-                        True,
-                        advantage=1.0 - i % 2 * 2,
-                        old_logprobs=log,
+            with clocked(places) as clocks:
+                responses, logs = generate(self.model, prompts, samples=SAMPLES, **SAMPLING)
+                rollouts = []
+                for i, (ids, log) in enumerate(zip(responses, logs)):
+                    prompt, advantage = prompts[i // SAMPLES], 1.0 - i % 2 * 2
+                    rollouts.append(
+                        Rollout(prompt, ids, True, advantage=advantage, old_logprobs=log)
                     )
-                    for i, (ids, log) in enumerate(zip(responses, logs))
-                ]
-                clocks["forward and backward"] = (
-                    timed(lambda: update(self.model, optimizer, rollouts)) - clocks["AdamW"]
-                )
+                updating = timed(lambda: update(self.model, optimizer, rollouts))
+                clocks["forward and backward"] = updating - clocks["AdamW"]
             for name in spent:
                 spent[name].append(clocks[name])
 
-        (seconds,) = self.times({"": step}).values()
+        seconds = self.times({"": step})[""]
         rows = len(prompts) * SAMPLES
         floor = self.rollout_floor(len(prompts), rows) + self.update_floor(rows, 2 * LENGTH, LENGTH)
         median = statistics.median(seconds)
-        self.report(
-            shape,
-            "step",
-            "whole GRPO step",
-            seconds,
-            f"{median / floor:.2f} times the floor's time",
-            floor_s=floor,
-            ratio=median / floor,
-        )
+        ratio = median / floor
+        note = f"{ratio:.2f} times the floor's time"
+        self.report("whole GRPO step", seconds, note, floor_s=floor, ratio=ratio)
         for name, s in spent.items():
-            self.report(
-                shape, "step", f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}"
-            )
+            self.report(f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}")
+
+    def other_parts(self, args):
+        """What is measured of no shape."""
+        if args.startup:
+            self.place = ("", "startup")
+            self.startup()
+        if args.problems:
+            self.place = ("", "padding")
+            self.padding(args.problems)
+        if args.base:
+            for method in ("grpo", "thinktuning"):
+                self.place = ("demo", method)
+                self.demonstration(args.base, method)
 
     def startup(self):
         def run(*arguments):
-            return lambda: subprocess.run(
-                [sys.executable, *arguments], check=True, capture_output=True, cwd=HOME
-            )
+            command = [sys.executable, *arguments]
+            return lambda: subprocess.run(command, check=True, capture_output=True, cwd=HOME)
 
-        seconds = self.times(
-            {
-                "import torch": run("-c", "import torch"),
-                "import torch, model": run("-c", "import torch, model"),
-                "thinktuning.py --help": run("thinktuning.py", "--help"),
-            }
-        )
-        for what, s in seconds.items():
-            self.report("", "startup", what, s)
+        commands = {
+            "import torch": run("-c", "import torch"),
+            "import torch, model": run("-c", "import torch, model"),
+            "thinktuning.py --help": run("thinktuning.py", "--help"),
+        }
+        for what, s in self.times(commands).items():
+            self.report(what, s)
 
     def padding(self, path):
         """Padding in micro-batches of the published mini-batch: 32 questions with 5 responses.
 
         The responses are other questions' solutions.
         """
-        tokenizer = Tokenizer.builtin()
+        encode = Tokenizer.builtin().encode
         problems = [json.loads(line) for line in Path(path).read_text().splitlines()[: 32 * 20]]
-        prompts, answers = (
-            [tokenizer.encode(p[key]) for p in problems] for key in ("question", "answer")
-        )
+        prompts, answers = ([encode(p[key]) for p in problems] for key in ("question", "answer"))
         for size in (4096, 16384):
             wasted = total = 0
             for start in range(0, len(prompts), 32):
-                rollouts = [
-                    Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
-                    for i in range(start, min(start + 32, len(prompts)))
-                    for g in range(5)
-                ]
+                rollouts = []
+                for i in range(start, min(start + 32, len(prompts))):
+                    for g in range(5):
+                        rollouts.append(
+                            Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
+                        )
                 for batch in micro_batches(rollouts, size):
                     lengths = [len(r.prompt) + len(r.response) for r in batch]
                     padded = len(batch) * max(lengths)
                     wasted += padded - sum(lengths)
                     total += padded
             share = wasted / total
-            self.note(
-                "",
-                "padding",
-                f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}",
-                share=share,
-            )
+            sentence = f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}"
+            self.note(sentence, share=share)
 
-    def demonstration(self, base, steps=20):
-        """Where the time of the demonstration's training steps goes, for both methods."""
+    def demonstration(self, base, method, steps=20):
+        """Where the time of the demonstration's training steps goes."""
         tokenizer, problems = Tokenizer.load(base), load_problems("wordproblems", "train")
-        for method in ("grpo", "thinktuning"):
-            config = Config(**DEMO | dict(steps=steps, method=method, schedule="constant"))
-            student = LM.load(base)
-            teacher = (
-                make_teacher(LM.load(base), tokenizer, config) if method == "thinktuning" else None
-            )
-            kernels = {
-                "forward, sampling": (LM, "forward"),
-                "choosing tokens": (sampler, "sample"),
-                "forward, update": (LM, "hidden"),
-                "output head, update": (HeadLogprobs, "apply"),
-                "backward": (torch.Tensor, "backward"),
-                "AdamW": (MasterAdamW, "step"),
-            }
-            with clocked(kernels) as clocks:
-                total = timed(lambda: train(student, tokenizer, Loop(problems, config), teacher))
-            self.report("demo", method, f"{steps} training steps", [total])
-            for name in kernels:
-                self.report(
-                    "demo", method, f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}"
-                )
-            share = sum(clocks[name] for name in kernels) / total
-            self.note(
-                "demo",
-                method,
-                f"  in the model {share:.0%}; the rest: texts, rewards, collating, rows",
-                share=share,
-            )
+        config = Config(**DEMO | dict(steps=steps, method=method, schedule="constant"))
+        student, teacher = LM.load(base), None
+        if method == "thinktuning":
+            teacher = make_teacher(LM.load(base), tokenizer, config)
+        kernels = {
+            "forward, sampling": (LM, "forward"),
+            "choosing tokens": (sampler, "sample"),
+            "forward, update": (LM, "hidden"),
+            "output head, update": (HeadLogprobs, "apply"),
+            "backward": (torch.Tensor, "backward"),
+            "AdamW": (MasterAdamW, "step"),
+        }
+        with clocked(kernels) as clocks:
+            total = timed(lambda: train(student, tokenizer, Loop(problems, config), teacher))
+        self.report(f"{steps} training steps", [total])
+        for name in kernels:
+            self.report(f"  {name}", [clocks[name]], f"{clocks[name] / total:.0%}")
+        share = sum(clocks[name] for name in kernels) / total
+        sentence = f"  in the model {share:.0%}; the rest: texts, rewards, collating, rows"
+        self.note(sentence, share=share)
 
 
 @contextmanager
@@ -591,9 +489,8 @@ def full_logits_pass(model, tokens):
 
 def compiled_pass(model, tokens):
     # One graph each way, of PyTorch's own kernels. torch keeps it from one call to the next.
-    with mock.patch(
-        "grpo.logprobs_at", torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)
-    ):
+    compiled = torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)
+    with mock.patch("grpo.logprobs_at", compiled):
         our_pass(model, tokens)
 
 
@@ -608,17 +505,22 @@ def prepare_gradients(model):
 def model_of(shape, device, dtype):
     # The weights are drawn on the device: on a CPU those of 3b take longer than the measurements.
     with torch.device(device):
-        model = LM(ModelConfig(**SHAPES[shape])).to(dtype)
+        model = LM(SHAPES[shape]).to(dtype)
     if device in RECORDING_DEVICES:
         model.compile_step = compile_step
     return model
 
 
+def batch_of(shape) -> tuple[int, int]:
+    """Rows and tokens of an update."""
+    return BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
+
+
 def peak_of_update(name, shape, dtype) -> int:
     """Bytes that a pass needs at its peak beyond weights and gradients."""
     model = model_of(shape, "cpu", getattr(torch, dtype))
-    rows, width = BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
-    tokens = torch.randint(SHAPES[shape]["vocab_size"], (rows, width + 1))
+    rows, width = batch_of(shape)
+    tokens = torch.randint(SHAPES[shape].vocab_size, (rows, width + 1))
     prepare_gradients(model)
     PASSES[name](model, tokens)  # compiling, and what a first pass allocates for good
     ctypes.CDLL(None).malloc_trim(0)  # or the pass would be given what is still held of the first
@@ -634,62 +536,38 @@ def status(key: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    def names(known):
-        def parse(text):
-            chosen = text.split(",")
-            if unknown := set(chosen) - set(known):
-                raise argparse.ArgumentTypeError(
-                    f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}"
-                )
-            return chosen
-
-        return parse
-
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} (all)"
-    )
-    p.add_argument(
-        "--shapes",
-        type=names(SHAPES),
-        default=["0.5b", "3b"] if cuda else ["tiny", "135m"],
-        help=f"some of {','.join(SHAPES)} (tiny,135m; with a GPU 0.5b,3b)",
-    )
-    p.add_argument(
-        "--startup",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="how long the program takes to start",
-    )
-    p.add_argument(
-        "--problems",
-        help="a .jsonl file of questions and worked answers: padding in micro-batches of them",
-    )
-    p.add_argument(
-        "--base", help="the base model of a demonstration: a profile of its training steps"
-    )
-    p.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        help="of each measurement, after one that does not count (5)",
-    )
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        help="of torch (as many as it takes by itself)",
-    )
-    p.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    p.add_argument(
-        "--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16")
-    )
-    p.add_argument("--json", help="write the results there as well")
-    p.add_argument("--peak", choices=PASSES, help=argparse.SUPPRESS)  # in a process of its own
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add, parts, shapes = p.add_argument, ",".join(PARTS), ",".join(SHAPES)
+    add("--parts", type=some_of(PARTS), default=list(PARTS), help=f"some of {parts} (all)")
+    default = ["0.5b", "3b"] if cuda else ["tiny", "135m"]
+    add("--shapes", type=some_of(SHAPES), default=default, help=f"some of {shapes} ({default})")
+    about = "how long the program takes to start"
+    add("--startup", action=argparse.BooleanOptionalAction, default=True, help=about)
+    add("--problems", help="a .jsonl file: padding in micro-batches of its worked answers")
+    add("--base", help="base model of a demonstration: a profile of its training steps")
+    add("--repeats", type=int, default=5, help="after one that does not count (5)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch (its own choice)")
+    add("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=dtypes)
+    add("--json", help="write the results there as well")
+    add("--peak", choices=PASSES, help=argparse.SUPPRESS)  # in a process of its own
     return p
+
+
+def some_of(known):
+    """Parses a list of known names with commas between them."""
+
+    def parse(text):
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(known):
+            names = ", ".join(sorted(unknown))
+            raise argparse.ArgumentTypeError(f"{names}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 if __name__ == "__main__":

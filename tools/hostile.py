@@ -289,77 +289,67 @@ def problem_seeds():
     return list(map(joined, files))
 
 
+MERGES = [["a", "b"], ["Ġ", "c"], ["ab", "Ġc"], ["ab", "ab"]]
+MADE = {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259}
+
+
 def tokenizer_seeds():
     import base64
 
     from data.chat import FAMILIES
-    from data.tokenizer import BYTES, LLAMA3_PATTERN, QWEN2_PATTERN
+    from data.vocabulary import LLAMA3_PATTERN, QWEN2_PATTERN
 
-    vocab, merges = (
-        BYTES | {"ab": 256, "Ġc": 257, "abĠc": 258, "abab": 259},
-        [["a", "b"], ["Ġ", "c"], ["ab", "Ġc"], ["ab", "ab"]],
-    )
-    seeds = []
-    for name, pattern in (("llama3", LLAMA3_PATTERN), ("chatml", QWEN2_PATTERN)):
-        steps = [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]
-        special = [
-            {"id": 260 + i, "content": token}
-            for i, token in enumerate((*FAMILIES[name].markers, "<think>", "</think>"))
-        ]
-        content = {
-            "normalizer": {"type": "NFC"} if name == "chatml" else None,
-            "added_tokens": special,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-            "model": {
-                "type": "BPE",
-                "vocab": vocab,
-                "merges": merges,
-                "ignore_merges": name == "llama3",
-            },
-        }
-        template = (
-            "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' "
-            "<|eot_id|>Cutting Knowledge Date"
-        )
-        seeds.append(
-            joined(
-                {
-                    "tokenizer_config.json": json.dumps(
-                        {
-                            "eos_token": {"content": FAMILIES[name].end},
-                            "chat_template": [{"name": "default", "template": template}],
-                        }
-                    ).encode(),
-                    "generation_config.json": b'{"eos_token_id": [260, 261]}',
-                    "tokenizer.json": json.dumps(content).encode(),
-                    **({"chat_template.jinja": template.encode()} if name == "chatml" else {}),
-                }
-            )
-        )
+    seeds = [tokenizer_files("llama3", LLAMA3_PATTERN), tokenizer_files("chatml", QWEN2_PATTERN)]
     ids = {str(262 + i): {"content": token} for i, token in enumerate(FAMILIES["chatml"].markers)}
     seeds.append(
-        joined(
-            {
-                "vocab.json": json.dumps(vocab).encode(),
-                "merges.txt": b"#version\n" + "\n".join(map(" ".join, merges)).encode(),
-                "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode(),
-            }
-        )
+        {
+            "vocab.json": json.dumps(made_of_bytes()).encode(),
+            "merges.txt": b"#version\n" + "\n".join(map(" ".join, MERGES)).encode(),
+            "tokenizer_config.json": json.dumps({"added_tokens_decoder": ids}).encode(),
+        }
     )
     ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
-    seeds += [
-        joined({"tokenizer.model": ranks}),
-        joined({"wordproblems.tiktoken": ranks + b"YWI= 256\n"}),
-    ]
-    return seeds
+    seeds += [{"tokenizer.model": ranks}, {"wordproblems.tiktoken": ranks + b"YWI= 256\n"}]
+    return [joined(files) for files in seeds]
+
+
+def made_of_bytes() -> dict[str, int]:
+    from data.bpe import BYTES
+
+    return BYTES | MADE
+
+
+def tokenizer_files(family: str, pattern: str) -> dict[str, bytes]:
+    """A tokenizer.json of a chat family, and what stands beside it."""
+    from data.chat import FAMILIES
+
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    model = {"type": "BPE", "vocab": made_of_bytes(), "merges": MERGES}
+    special = [*FAMILIES[family].markers, "<think>", "</think>"]
+    content = {
+        "normalizer": {"type": "NFC"} if family == "chatml" else None,
+        "added_tokens": [{"id": 260 + i, "content": token} for i, token in enumerate(special)],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, byte_level],
+        },
+        "model": model | {"ignore_merges": family == "llama3"},
+    }
+    template = "{%- if enable_thinking %}'<|im_start|>system\\nYou are.<|im_end|>' "
+    template += "<|eot_id|>Cutting Knowledge Date"
+    config = {
+        "eos_token": {"content": FAMILIES[family].end},
+        "chat_template": [{"name": "default", "template": template}],
+    }
+    files = {
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "generation_config.json": b'{"eos_token_id": [260, 261]}',
+        "tokenizer.json": json.dumps(content).encode(),
+    }
+    if family == "chatml":
+        files["chat_template.jinja"] = template.encode()
+    return files
 
 
 def model_seeds():
@@ -398,61 +388,54 @@ def model_seeds():
     return seeds
 
 
+STEP = {  # of metrics.jsonl
+    "reward": 0.5,
+    "reflection_rate": 0.1,
+    "eval_accuracy": 0.4,
+    "eval_accuracy_se": 0.1,
+    "eval_reflection_rate": 0.2,
+    "teacher_asked": 4,
+    "teacher_parsed": 3,
+    "guided": 2,
+    "guided_reward": 1,
+    "guided_original_reward": 0,
+    "guided_share_of_rollouts": 0.1,
+    "behaviours": {"self-critique": 2},
+    "entropy": 0.2,
+    "tokens_per_second": 50.0,
+    "w_guided": 0.9,
+    "pi_guided": 0.1,
+}
+TRANSCRIPT = {
+    "question": "q",
+    "answer": "4",
+    "student": r"\boxed{3}",
+    "attempt_right": False,
+    "opinion": "incorrect",
+    "reason": "r",
+    "phrase": "p",
+    "guidance": "\n\nr\n\np",
+    "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
+    "reward": 1.0,
+    "advantage": 1.5,
+}
+
+
 def report_seeds():
-    metrics = [
-        {
-            "step": s,
-            "reward": 0.5,
-            "sampled_accuracy": s / 4,
-            "reflection_rate": 0.1,
-            "eval_accuracy": 0.4,
-            "eval_accuracy_se": 0.1,
-            "eval_reflection_rate": 0.2,
-            "fraction": 0.1 * (s < 2),
-            "teacher_asked": 4,
-            "teacher_parsed": 3,
-            "guided": 2,
-            "guided_reward": 1,
-            "guided_original_reward": 0,
-            "guided_share_of_rollouts": 0.1,
-            "behaviours": {"self-critique": 2},
-            "entropy": 0.2,
-            "tokens_per_second": 50.0,
-            "w_guided": 0.9,
-            "pi_guided": 0.1,
-        }
-        for s in range(4)
-    ]
-    lines = [
-        {
-            "step": s,
-            "question": "q",
-            "answer": "4",
-            "student": r"\boxed{3}",
-            "attempt_right": False,
-            "opinion": "incorrect",
-            "reason": "r",
-            "phrase": "p",
-            "guidance": "\n\nr\n\np",
-            "guidance_tokens": [["\n\nr", 0.4, 0.01], ["\n\np", None, 0.9]],
-            "reward": 1.0,
-            "advantage": 1.5,
-        }
-        for s in (0, 1, 3)
-    ]
+    metrics = []
+    for step in range(4):
+        changing = {"step": step, "sampled_accuracy": step / 4, "fraction": 0.1 * (step < 2)}
+        metrics.append(json.dumps(changing | STEP))
+    lines = [json.dumps({"step": step} | TRANSCRIPT) for step in (0, 1, 3)]
     base = {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1, "wrong_to_right": 3}
-    summary = {"base": base, "grpo": {"accuracy": 0.9}}
+    config = {"method": "thinktuning", "seed": 0, "steps": 4, "samples": 3, "learning_rate": 1e-4}
     files = {
-        "config.json": json.dumps(
-            {"method": "thinktuning", "seed": 0, "steps": 4, "samples": 3, "learning_rate": 1e-4}
-        ),
-        "metrics.jsonl": "\n".join(map(json.dumps, metrics)),
-        "transcripts.jsonl": "\n".join(map(json.dumps, lines)),
+        "config.json": json.dumps(config).encode(),
+        "metrics.jsonl": "\n".join(metrics).encode(),
+        "transcripts.jsonl": "\n".join(lines).encode(),
     }
-    return [
-        joined({k: v.encode() for k, v in {**files, **more}.items()})
-        for more in ({}, {"summary.json": json.dumps(summary)})
-    ]
+    summary = json.dumps({"base": base, "grpo": {"accuracy": 0.9}}).encode()
+    return [joined(files), joined(files | {"summary.json": summary})]
 
 
 def checkpoint_seeds():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data import load_problems, weights
+from data.bpe import BYTES, SLICE
 from data.prompts import student_prompt
-from data.tokenizer import BYTES, SLICE, Tokenizer
+from data.tokenizer import Tokenizer
 from grpo import Rollout
 from model import LM, ModelConfig
 from run import record
