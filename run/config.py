@@ -130,7 +130,11 @@ class Config:
         most=10**9,
     )
     p_init: float = option(
-        0.1, "teacher", "share of a group that is guided at first", least=0, most=1
+        0.1,
+        "teacher",
+        "p at first: the share to be helped, rounded down, but at least one of a group",
+        least=0,
+        most=1,
     )
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(
