@@ -2,7 +2,7 @@
 
 Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time,
 Â the advantage, ρ = π_θ/π_old, w the weight of guided tokens, γ(Â) its coefficient,
-sg(·) stop-gradient. A *guided* token is one that counts as the teacher's.
+sg(·) stop-gradient. A *guided* token counts as the teacher's; a *shaped* one has the guided loss.
 Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss. A row's first token
 is not predicted, so what belongs to a predicted token is (B, T-1).
 In this order: advantages, loss, update, log-probabilities, batches.
@@ -99,7 +99,10 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean of token_losses, and metrics. options: LossSettings. Training goes through update."""
+    """The mean of token_losses, and metrics, which are 0 over no tokens.
+
+    options: fields of LossSettings. Training goes through `update` instead.
+    """
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
     losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)
@@ -129,7 +132,7 @@ def token_losses(
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
     pi = logprobs.detach().exp()  # sg(π_θ)
-    # PPO's loss on ordinary tokens. Guided ones are *shaped*, unless guard (c) makes them ordinary.
+    # PPO's loss on ordinary tokens, another on shaped ones: guided, and not set aside by guard (c).
     loss, clipped, dual_clipped = clipped_loss(ratio, advantages, settings.clip, settings.dual_clip)
     shaped, w = torch.zeros_like(guided), None
     if settings.shaping != "ratio":
@@ -260,11 +263,11 @@ def update(
     world: World = World(),
     **changes: Any,
 ) -> dict[str, float]:
-    """One optimizer step on a mini-batch; returns its metrics, means over all its tokens.
+    """One optimizer step on a mini-batch; returns its metrics, means over the tokens computed.
 
-    `rollouts` are this process's own of it; `changes` are fields of `settings`. Without a KL term
-    those with Â = 0 are not computed, but their tokens count in the mean. A gradient that is not
-    finite is not applied: metrics["skipped"] is then 1.
+    `rollouts` are this process's part of it; `changes` are fields of `settings`. Without a KL term
+    rollouts with Â = 0 are not computed, but their tokens count in the mean loss. A gradient that
+    is not finite is not applied: metrics["skipped"] is then 1.
     """
     settings = replace(settings or LossSettings(), **changes)
     # `train` has filled in log π_old for the whole step; a caller with one mini-batch need not.
@@ -411,7 +414,8 @@ def collate(
         tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
         mask[i, start:end] = True
         if r.guided_from is not None:
-            guided[i, start + (r.guided_from if guided_tokens == "guidance" else 0) : end] = True
+            first = r.guided_from if guided_tokens == "guidance" else 0
+            guided[i, start + first : end] = True
         if r.old_logprobs is not None:
             old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
     advantages = torch.tensor([[r.advantage] for r in rollouts])

@@ -60,7 +60,7 @@ class LM(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            nn.init.normal_(self.embed.weight, std=config.dim**-0.5)
+            nn.init.normal_(self.embed.weight, std=config.dim**-0.5)  # 1 is too large for a head
             self.head.weight = self.embed.weight
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)

@@ -231,7 +231,7 @@ class Queue:
         """
         end = self.next + min(most, self.left)
         if self.computed is None:
-            self.compute(self.next // self.samples, -(-end // self.samples))
+            self.compute(self.next // self.samples, -(-end // self.samples))  # rounded up
         assert self.computed
         prompts, theirs, logits = self.computed
         end = min(end, prompts.stop * self.samples)

@@ -302,7 +302,8 @@ def validation_scores(loop: Loop, tokenizer: Tokenizer) -> Metrics:
 
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
-    out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
+    settings = {**asdict(Config()), **vars(args)}  # the defaults, but for what was given
+    out = Path(args.out or f"out/{settings['method']}-{settings['seed']}")
     before = earlier_settings(out, args.resume)  # {} for a new run
     config = chosen(args, before)
     config.check()
