@@ -2,15 +2,14 @@
 
 Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at sampling time,
 Â the advantage, ρ = π_θ/π_old, w the weight of guided tokens, γ(Â) its coefficient,
-sg(·) stop-gradient. A *guided* token is one that counts as the teacher's.
-Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss.
-In this order: advantages, loss, update, log-probabilities, batches, optimizer.
+sg(·) stop-gradient. A *guided* token counts as the teacher's; a *shaped* one has the guided loss.
+Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss. A row's first token
+is not predicted, so what belongs to a predicted token is (B, T-1).
+In this order: advantages, loss, update, log-probabilities, batches.
 """
 
 import math
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,28 +18,37 @@ from torch import Tensor
 
 from model import LM
 from run.head import HeadLogprobs, gradient_buffer, slice_size
+from run.optimizer import MasterAdamW as MasterAdamW  # what `update` is given for bfloat16 weights
 from run.world import World, full
 
-Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values (B, T), the tokens it is a mean over
+Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values, and the tokens it is a mean over
 
 
 @dataclass
 class Rollout:
-    """A response with its prompt; the other fields are filled in as it travels through a step."""
+    """A response with its prompt; the fields are filled in as it travels through a step.
 
+    The teacher is *asked* about some rollouts. Those whose reply follows the format are *parsed*,
+    and those of them that its words were then appended to are *guided*.
+    """
+
+    # From sampling.
     prompt: list[int]
-    response: list[int]
+    response: list[int]  # o_i; where guided, ô_i
     finished: bool  # exactly one stop token, at the end
-    guided_from: int | None = None  # index in response where the teacher's words begin
-    reward: float = 0.0
-    advantage: float = 0.0  # Â
     question: str = ""
     answer: str = ""
     text: str = ""  # the response without its stop token
-    old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old of each token
     attempt: str = ""  # the student's own words, before any help
-    asked: bool = False  # a teacher was asked about it
-    feedback: tuple[str, str, str] | None = None  # the teacher's opinion, reason, phrase
+    old_logprobs: list[float] | None = field(default=None, repr=False)  # log π_old of each token
+    # From the teacher.
+    asked: bool = False
+    feedback: tuple[str, str, str] | None = None  # opinion, reason, phrase, as parsed
+    # Where guided: from this index of response on all counts as the teacher's, the stop token too.
+    guided_from: int | None = None
+    # From the reward and the update.
+    reward: float = 0.0  # r_i
+    advantage: float = 0.0  # Â_i
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,10 @@ class LossSettings:
     dual_clip: float | None = 3.0  # c, bounds the loss where Â < 0; None: it has no bound
     unlikely: float = 0.01  # guard (c): bad tokens below this π are ordinary
     shaping: str = "aas"  # of guided tokens: "aas", "ratio" (none) or "likelihood" (log π)
-    guards: bool = True  # (a) and (b)
-    gamma_min: float = 0.001  # γ of the best advantage
-    gamma_max: float = -0.001  # γ of the worst
+    guards: bool = True  # (a) and (b); (c) is off with unlikely = 0
+    # The paper's names: γ_min belongs to the best advantage, and is the larger number.
+    gamma_min: float = 0.001
+    gamma_max: float = -0.001  # γ of the worst advantage
     kl_coef: float = 0.0  # weight of KL(π_θ ‖ π_ref)
     guided_tokens: str = "guidance"  # or "trajectory": the attempt before it, too
     max_grad_norm: float = 1.0
@@ -75,6 +84,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     if shape[0] == 0 or shape[1] < 2:  # no group, or one number, whose std does not exist
         return torch.zeros_like(rewards)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    # Â_i = (r_i − mean r) / (std r + 1e-6)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
     return advantages.masked_fill(equal, 0.0)  # a mean is rounded, and 1e-6 blows the rest up
@@ -89,11 +99,14 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean of token_losses, and metrics. options: LossSettings. Training goes through update."""
+    """The mean of token_losses, and metrics, which are 0 over no tokens.
+
+    options: fields of LossSettings. Training goes through `update` instead.
+    """
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
     losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)
-    loss = losses.sum() / mask.sum().clamp(min=1)  # token-mean
+    loss = losses.sum() / mask.sum().clamp(min=1)  # token mean: Σ ℓ / number of tokens
     metrics = {"loss": loss.item()}
     for name, (values, where) in measured.items():
         metrics[name] = ((values * where).sum() / where.sum().clamp(min=1)).item()
@@ -109,45 +122,54 @@ def token_losses(
     settings: LossSettings,
     ref_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, Measured]:
-    """ℓ of every token, (B, T), 0 outside `mask`, and what is measured on the way.
+    """ℓ of every token, (B, T-1), 0 outside `mask`, and what is measured on the way.
 
-    logprobs (log π_θ), old_logprobs, mask, guided, ref_logprobs: (B, T); advantages: (B, T) or
+    logprobs (log π_θ), old_logprobs, mask, guided, ref_logprobs: (B, T-1); advantages: (B, T-1) or
     (B, 1). Raises ValueError if they do not fit together, or if a KL term has no ref_logprobs.
     """
-    tensors = [logprobs, old_logprobs, advantages]
-    shapes = [tuple(x.shape) for x in (*tensors, mask)]
-    B, T = mask.shape
-    if shapes[:2] != [(B, T)] * 2 or shapes[2] not in ((B, 1), (B, T)):
-        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
-    mask = mask.bool()
+    logprobs, old_logprobs, advantages, mask = checked(logprobs, old_logprobs, advantages, mask)
     guided = guided.bool() & mask
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
-    # Padding may hold anything, also NaN, which would spread.
-    tensors = [x.to(dtype).expand(B, T).masked_fill(~mask, 0.0) for x in tensors]
-    logprobs, old_logprobs, advantages = tensors
-
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
     pi = logprobs.detach().exp()  # sg(π_θ)
+    # PPO's loss on ordinary tokens, another on shaped ones: guided, and not set aside by guard (c).
     loss, clipped, dual_clipped = clipped_loss(ratio, advantages, settings.clip, settings.dual_clip)
-    loss_if_guided, w = guided_loss(logprobs, advantages, guided, settings)
-    if settings.shaping == "ratio":
-        shaped = torch.zeros_like(guided)  # every token is ordinary
-    else:
+    shaped, w = torch.zeros_like(guided), None
+    if settings.shaping != "ratio":
         shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
-        loss = torch.where(shaped, loss_if_guided, loss)
+        # Elsewhere log π counts as 0: a w of 0/0 that nobody uses would still send NaN back.
+        shaped_logprobs = logprobs.masked_fill(~shaped, 0.0)
+        loss_if_shaped, w = guided_loss(shaped_logprobs, advantages, settings)
+        loss = torch.where(shaped, loss_if_shaped, loss)
     if settings.kl_coef:
         loss = loss + settings.kl_coef * kl_to_reference(logprobs, ref_logprobs, mask)
-    ordinary = mask & ~shaped
-    return loss * mask, {
+    measured = {
         "kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
-        "clip_fraction": (clipped & ordinary, mask),
-        "dual_clip_fraction": (dual_clipped & ordinary, mask),
+        "clip_fraction": (clipped & ~shaped, mask),
+        "dual_clip_fraction": (dual_clipped & ~shaped, mask),
         "guided_share": (guided, mask),
         "shaped_share": (shaped, mask),
-        "w_guided": (w.detach(), guided),
         "pi_guided": (pi, guided),
     }
+    if w is not None:
+        measured["w_guided"] = (w.detach(), shaped)
+    return loss * mask, measured
+
+
+def checked(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> list[Tensor]:
+    """The same, (B, T-1) each, in float32 at least and 0 outside the mask; or a ValueError."""
+    tensors = [logprobs, old_logprobs, advantages]
+    shapes = [tuple(x.shape) for x in (*tensors, mask)]
+    B, n = mask.shape  # n = T-1
+    if shapes[:2] != [(B, n)] * 2 or shapes[2] not in ((B, 1), (B, n)):
+        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
+    mask = mask.bool()
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
+    # Padding may hold anything, also NaN, which would spread.
+    inside = [x.to(dtype).expand(B, n).masked_fill(~mask, 0.0) for x in tensors]
+    return [*inside, mask]
 
 
 def clipped_loss(
@@ -155,7 +177,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ℓ of ordinary tokens, and where each clip binds: PPO's pessimistic bound, and a dual clip.
 
-    ratio ρ: (B, T); advantages: (B, T) or (B, 1); returns three of (B, T).
+    ratio ρ: (B, T-1); advantages: (B, T-1) or (B, 1); returns three of (B, T-1).
     """
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
@@ -166,23 +188,24 @@ def clipped_loss(
 
 
 def guided_loss(
-    logprobs: Tensor, advantages: Tensor, guided: Tensor, settings: LossSettings
-) -> tuple[Tensor, Tensor]:
-    """ℓ of guided tokens, and their w, (B, T) each. π_old did not write them: no ρ, no clip."""
-    # Elsewhere log π counts as 0: a w of 0/0 that nobody uses would still send NaN back.
-    logprobs = logprobs.masked_fill(~guided, 0.0)
+    logprobs: Tensor, advantages: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor | None]:
+    """ℓ of guided tokens, and their w if it has one. π_old did not write them: no ρ, no clip.
+
+    logprobs: (B, T-1); advantages: (B, T-1) or (B, 1); returns (B, T-1) each.
+    """
+    if settings.shaping == "likelihood":
+        return -advantages * logprobs, None
     ends = {"gamma_min": settings.gamma_min, "gamma_max": settings.gamma_max}
     published = settings.published_gamma
     w = shaped_ratio(logprobs, advantages, settings.guards, published=published, **ends)
-    if settings.shaping == "likelihood":
-        return -advantages * logprobs, w
     return -advantages * w, w  # ℓ = −Â·w
 
 
 def shaped_ratio(
     logprobs: Tensor, advantages: Tensor, guards: bool = True, **coefficients: Any
 ) -> Tensor:
-    """w = π_θ / (sg(π_θ) + γ(Â)): (B, T) -> (B, T). Differentiable: ∇w = π/(π+γ)·∇log π.
+    """w = π_θ / (sg(π_θ) + γ(Â)): (B, T-1) -> (B, T-1). Differentiable: ∇w = π/(π+γ)·∇log π.
 
     Guards: (a) a denominator below 0 becomes 1.0001·sg(π), (b) one above 1 becomes 0.9999·sg(π).
     """
@@ -204,7 +227,10 @@ def shaping_coefficient(
     a_max: float = 4.0,
     published: bool = False,
 ) -> Tensor:
-    """γ(Â), any shape: γ_min for the best advantage (A_max), γ_max for the worst (A_min)."""
+    """γ(Â), any shape: γ_min for the best advantage (A_max), γ_max for the worst (A_min).
+
+    γ = γ_min + (γ_max − γ_min)·(A_max − Â)/(A_max − A_min), kept between γ_min and γ_max.
+    """
     gamma = gamma_min + (gamma_max - gamma_min) * (a_max - advantages) / (a_max - a_min)
     if published:  # its bounds are the wrong way round, so clamp returns γ_max everywhere
         return gamma.clamp(gamma_min, gamma_max)
@@ -212,12 +238,15 @@ def shaping_coefficient(
 
 
 def too_unlikely_to_push_down(advantages: Tensor, pi: Tensor, unlikely: float) -> Tensor:
-    """Guard (c), bool (B, T): they stay ordinary tokens, because AAS has no clip to end a push."""
+    """Guard (c), bool (B, T-1): Â < 0 and π < `unlikely`.
+
+    Such guided tokens are treated as ordinary, because AAS has no clip to end a push.
+    """
     return (advantages < 0) & (pi < unlikely)
 
 
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
-    """An estimate of KL(π_θ ‖ π_ref) from each token, (B, T), which is never negative."""
+    """An estimate of KL(π_θ ‖ π_ref) from each token, (B, T-1), which is never negative."""
     if ref_logprobs is None:
         raise ValueError("kl_coef needs ref_logprobs, the log-probabilities of the reference")
     log_r = (ref_logprobs - logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)  # log π_ref/π_θ
@@ -234,20 +263,20 @@ def update(
     world: World = World(),
     **changes: Any,
 ) -> dict[str, float]:
-    """One optimizer step on a mini-batch; returns its metrics, means over all its tokens.
+    """One optimizer step on a mini-batch; returns its metrics, means over the tokens computed.
 
-    `rollouts` are this process's own of it; `changes` are fields of `settings`. Without a KL term
-    those with Â = 0 are not computed, but their tokens count in the mean. A gradient that is not
-    finite is not applied: metrics["skipped"] is then 1.
+    `rollouts` are this process's part of it; `changes` are fields of `settings`. Without a KL term
+    rollouts with Â = 0 are not computed, but their tokens count in the mean loss. A gradient that
+    is not finite is not applied: metrics["skipped"] is then 1.
     """
     settings = replace(settings or LossSettings(), **changes)
-    # log π_old of the rollouts that lack it. Putting the weights in one piece is expensive.
+    # `train` has filled in log π_old for the whole step; a caller with one mini-batch need not.
     some_unknown = any(world.gather([r.old_logprobs is None for r in rollouts]))
-    whole = world.whole(model) if some_unknown else model
+    whole = world.whole(model) if some_unknown else model  # to put it in one piece is expensive
     snapshot(whole, rollouts, settings.micro_batch, settings.temperature)
     # What the whole mini-batch decides: the published dual clip, and the tokens of the mean.
-    helped = any(world.gather([r.guided_from is not None for r in rollouts]))
-    if settings.published_dual_clip and not helped:
+    some_guided = any(world.gather([r.guided_from is not None for r in rollouts]))
+    if settings.published_dual_clip and not some_guided:
         settings = replace(settings, dual_clip=None)
     total = max(1, sum(world.gather([len(r.response) for r in rollouts])))
     # Micro-batches of the rollouts that have a loss, and empty ones up to the number of passes.
@@ -261,7 +290,7 @@ def update(
     with gradient_buffer(model, optimizer, world) as head_grad:
         for batch in batches:
             losses, measured = batch_losses(model, batch, settings, reference, head_grad)
-            mean = losses.sum() / total  # token mean: over all tokens of the mini-batch
+            mean = losses.sum() / total  # token mean: Σ ℓ / tokens of the mini-batch
             (mean * world.size).backward()  # FSDP takes the mean over the processes
             for name, (values, where) in measured.items():
                 sums.append((name, (values * where).sum().item(), int(where.sum())))
@@ -288,17 +317,21 @@ def batch_losses(
     reference: LM | None,
     head_grad: Tensor | None,
 ) -> tuple[Tensor, Measured]:
-    """One forward pass: ℓ of every token of a micro-batch, (B, T), and what was measured."""
-    tokens, mask, *others = collate(rollouts, settings.guided_tokens, model.device)
-    guided, old_logprobs, advantages = others
+    """One forward pass: ℓ of every token of a micro-batch, (B, T-1), and what was measured."""
+    batch = collate(rollouts, settings.guided_tokens, model.device)
+    tokens, mask, guided, old_logprobs, advantages = batch
     # One policy everywhere: π_θ, π_old, π_ref and the entropy have the same temperature.
-    logprobs, entropy = token_logprobs(model, tokens, mask, True, head_grad, settings.temperature)
+    temperature = settings.temperature
+    logprobs, entropy = token_logprobs(
+        model, tokens, mask, entropy=True, head_grad=head_grad, temperature=temperature
+    )
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=settings.temperature)
-    batch = logprobs, old_logprobs, advantages, mask, guided
-    losses, measured = token_losses(*batch, settings, ref_logprobs)
+            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=temperature)
+    losses, measured = token_losses(
+        logprobs, old_logprobs, advantages, mask, guided, settings, ref_logprobs
+    )
     return losses, measured | {"entropy": (entropy, mask), "loss": (losses.detach(), mask)}
 
 
@@ -381,7 +414,8 @@ def collate(
         tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
         mask[i, start:end] = True
         if r.guided_from is not None:
-            guided[i, start + (r.guided_from if guided_tokens == "guidance" else 0) : end] = True
+            first = r.guided_from if guided_tokens == "guidance" else 0
+            guided[i, start + first : end] = True
         if r.old_logprobs is not None:
             old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
     advantages = torch.tensor([[r.advantage] for r in rollouts])
@@ -403,38 +437,3 @@ def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
         cost, start = min((best[i][0] + (n - i) * width + size / 16, i) for i in starts)
         best.append((cost, [*best[start][1], rollouts[start:n]]))
     return best[-1][1]
-
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 master copies of half-precision weights; on float32 weights it is AdamW.
-
-    A step of 1e-6 is lost in bfloat16's 8 bits. Each gradient is added to its master's as soon
-    as the backward pass has it, so that micro-batches add up in float32 as well.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
-        self.copies: list[tuple[Tensor, Tensor]] = []  # (half-precision weight, its master)
-        super().__init__([self.master_of(p) for p in parameters], **options)
-
-    def master_of(self, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.float32:
-            return weight
-        master = weight.detach().float().requires_grad_(True)
-        self.copies.append((weight, master))
-
-        def collect(_: Tensor) -> None:
-            if weight.grad is not None:  # None: it went into a gradient_buffer
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                master.grad += weight.grad
-                weight.grad = None
-
-        hook = weight.register_post_accumulate_grad_hook(collect)
-        weakref.finalize(self, hook.remove)  # it goes when this optimizer goes
-        return master
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        super().step(closure)
-        for weight, master in self.copies:
-            weight.copy_(master)  # the weights are the masters, rounded

@@ -1,7 +1,7 @@
 """The decoder language model, its KV cache, and its weights in and out.
 
-One `LM` covers Llama 3.x, Qwen2.5 and Qwen3: RMSNorm, rotary positions, grouped-query attention,
-SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
+One `LM` covers Llama 3, Qwen2, Qwen2.5, Qwen3 and SmolLM2: RMSNorm, rotary positions, grouped-query
+attention, SwiGLU, and three switches (tied head, q/k/v bias, q/k norm). Nothing here knows of RL.
 
 Shapes: B rows, T tokens, D model width, H query heads, K key/value heads, G = H / K query heads
 that share one, E head width, S positions of a row that are read, P positions of a shared prefix.
@@ -60,7 +60,7 @@ class LM(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            nn.init.normal_(self.embed.weight, std=config.dim**-0.5)
+            nn.init.normal_(self.embed.weight, std=config.dim**-0.5)  # 1 is too large for a head
             self.head.weight = self.embed.weight
         # No buffer: model.to(bfloat16) must not round the frequencies.
         self.inv_freq = rope_frequencies(config)
@@ -277,8 +277,7 @@ class KVCache:
     """
 
     def __init__(self, model: LM, rows: int, max_len: int, prefix: KVCache | None = None) -> None:
-        c = model.config
-        weight = model.embed.weight
+        c, weight = model.config, model.embed.weight
         self.max_len = max_len
         shape = (c.n_layers, rows, c.n_kv_heads, max_len, c.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
@@ -295,8 +294,8 @@ class KVCache:
         reads = self.fixed_reads or self.longest
         at = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
         self.lengths[:B] += T
-        if reads == T and not self.prefix_length:
-            return Span(at, at, reads, None)
+        if reads == T and not self.prefix_length:  # it was empty: rows see just these T tokens,
+            return Span(at, at, reads, None)  # so plain causal attention does
         visible = torch.arange(reads, device=at.device) <= at[..., None]  # (B, T, S)
         if T > 1:  # a single token attends to the prefix apart: attend_to_both
             visible = F.pad(visible, (self.prefix_length, 0), value=True)  # (B, T, P + S)
@@ -305,10 +304,11 @@ class KVCache:
         return Span(at, at + self.prefix_length, reads, mask[:, None])
 
     def claim(self, count: int) -> None:
-        if self.longest + count > self.max_len:
-            needed = self.longest + count
+        """Count `count` positions more as used; the longest row must have room for them."""
+        needed = self.longest + count
+        if needed > self.max_len:
             raise ValueError(f"the KV cache holds {self.max_len} positions, {needed} are needed")
-        self.longest += count
+        self.longest = needed
 
     @contextmanager
     def reserve(self, count: int, multiple: int) -> Iterator[None]:

@@ -149,6 +149,7 @@ class Batch:
     def step(self, B: int) -> None:
         """One token more in each of the first B rows."""
         logits = self.model(self.tokens[:B, None], self.cache)[:, -1]  # (B, V)
+        # Rows that ended within a block keep their t, and write to the spare line.
         self.t[:B] += ~self.done[:B]
         self.draw(slice(0, B), logits)
 
@@ -230,7 +231,7 @@ class Queue:
         """
         end = self.next + min(most, self.left)
         if self.computed is None:
-            self.compute(self.next // self.samples, -(-end // self.samples))
+            self.compute(self.next // self.samples, -(-end // self.samples))  # rounded up
         assert self.computed
         prompts, theirs, logits = self.computed
         end = min(end, prompts.stop * self.samples)

@@ -40,30 +40,32 @@ def guidance_fraction(
     minimum: float = 0.01,  # p_min
     eps: float = 0.05,
 ) -> float:
-    """p_s, the share of each group that is guided at `step` (from 0); 0.0 once the teacher is off.
+    """p_s, the share to be helped at `step` (from 0), rounded down, but at least one of a group.
 
-    It falls from `initial` to `minimum` over the first third of the steps. Every shape only falls,
-    so a teacher that is off stays off. Raises ValueError for an unknown shape.
+    It falls from `initial` to `minimum` over the first third of the steps, and is 0.0 once the
+    teacher is off. No shape rises while minimum <= initial (Config checks this), so a teacher that
+    is off stays off. Raises ValueError for an unknown shape.
     """
-    progress = min(1.0, 3 * step / max(1, total_steps))  # 1 from the end of the first third
+    progress = min(1.0, 3 * step / max(1, total_steps))  # x: 1 from the end of the first third
     if shape == "constant":
         p = initial
     elif shape == "linear":
-        p = initial + (minimum - initial) * progress
+        p = initial + (minimum - initial) * progress  # p_init + (p_min − p_init)·x
     elif shape == "cosine":
+        # p_min + (p_init − p_min)·(1 + cos πx) / 2
         p = minimum + (initial - minimum) * (1 + math.cos(math.pi * progress)) / 2
     elif shape == "exp":
-        # The same factor each step, so that p_init has shrunk to this end after the third.
+        # p_init·(end/p_init)^x, the same factor each step; after the third p_min.
         end = max(eps, minimum)
         p = initial * (end / initial) ** progress if progress < 1 else minimum
     else:
         raise ValueError(f"unknown schedule {shape!r}: constant, linear, cosine or exp")
-    is_on = p > eps + 0.01 + 1e-12  # p equal to the limit is off, whatever rounding does
+    is_on = p > eps + 0.01 + 1e-12  # the paper: off when p_s <= eps + 0.01, up to rounding
     return p if is_on else 0.0
 
 
 def choose(finished: list[bool], group_size: int, fraction: float, rng: random.Random) -> list[int]:
-    """Which rollouts to guide: sorted indices into `finished` (Q * G), which is question-major.
+    """Which rollouts to ask about: sorted indices into `finished` (Q * G), question-major.
 
     Of each question's n finished rollouts k = max(1, ⌊n·p⌋) are drawn without replacement.
     Nobody is chosen where `fraction` is 0.
@@ -77,7 +79,7 @@ def choose(finished: list[bool], group_size: int, fraction: float, rng: random.R
         if eligible:
             # The 1e-9 is for ⌊100·0.29⌋ and its like: the product is rounded to 28.999….
             k = max(1, math.floor(len(eligible) * fraction + 1e-9))
-            chosen += rng.sample(eligible, min(k, len(eligible)))
+            chosen += rng.sample(eligible, k)
     return sorted(chosen)
 
 
@@ -106,8 +108,7 @@ class Teacher:
 
     `style` "exemplars" puts the system message and four worked exemplars before each request; "tag"
     is the request alone, for the tiny model, which has read the format in pretraining. `tokenizer`
-    is the teacher's own: it makes the prompts and reads the replies. The model given is frozen in
-    place.
+    is the teacher's own, for prompts and replies. The model given is frozen in place.
     """
 
     def __init__(
@@ -238,8 +239,7 @@ def make_teacher(model: LM, tokenizer: Tokenizer, config: Config) -> Teacher:
 
 
 def parse_feedback(text: str) -> Feedback | None:
-    """The teacher's whole reply, without its end token; None unless it is the three tagged parts
-    alone.
+    """A whole reply without its end token -> its three tagged parts; None if it is not these alone.
 
     Each tag must stand exactly once, so nothing that a student wrote, and the teacher quotes, can
     open or close a part.
@@ -274,7 +274,7 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     augmented = attempt + added + end  # ô_i = o_i ⊕ reason ⊕ phrase ⊕ end token
     if len(augmented) > max_tokens or not tokenizer.stop.isdisjoint(added):
         return False
-    rollout.response, rollout.guided_from = augmented, len(attempt)
+    rollout.response, rollout.guided_from = augmented, len(attempt)  # the end token is guided too
     rollout.old_logprobs = None  # π_old of the teacher's words is not known yet
     rollout.text = tokenizer.decode(augmented[:-1])
     return True

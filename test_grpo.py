@@ -287,23 +287,32 @@ def test_metrics_are_means_over_the_tokens_they_name(batch):
         if m
     ]
     ordinary = [(math.exp(p - o), x) for p, o, x, g in tokens if not is_shaped(p, x, g)]
-    helped = [(math.exp(p), x) for p, _, x, g in tokens if g]
+    guided_ones = [(math.exp(p), x) for p, _, x, g in tokens if g]
+    shaped = [(math.exp(p), x) for p, _, x, g in tokens if is_shaped(p, x, g)]
     ratios = [p - o for p, o, _, _ in tokens]
     outside = [(x > 0 and rho > 1.2) or (x < 0 and rho < 0.8) for rho, x in ordinary]
     mean = lambda values: sum(values) / max(1, len(values))
     assert metrics["kl_old"] == pytest.approx(
         mean([math.exp(r) - 1 - r for r in ratios]), rel=1e-6, abs=1e-9
     )
-    assert metrics["guided_share"] == pytest.approx(len(helped) / len(tokens))
+    assert metrics["guided_share"] == pytest.approx(len(guided_ones) / len(tokens))
     assert metrics["shaped_share"] == pytest.approx(1 - len(ordinary) / len(tokens))
     assert metrics["w_guided"] == pytest.approx(
-        mean([reference_w(pi, x) for pi, x in helped]), rel=1e-6
+        mean([reference_w(pi, x) for pi, x in shaped]), rel=1e-6
     )
-    assert metrics["pi_guided"] == pytest.approx(mean([pi for pi, _ in helped]), rel=1e-6)
+    assert metrics["pi_guided"] == pytest.approx(mean([pi for pi, _ in guided_ones]), rel=1e-6)
     assert metrics["clip_fraction"] == pytest.approx(sum(outside) / len(tokens))
     assert metrics["dual_clip_fraction"] == pytest.approx(
         sum(x < 0 and rho > 3 for rho, x in ordinary) / len(tokens)
     )
+
+
+@pytest.mark.parametrize("shaping", ["ratio", "likelihood"])
+def test_only_aas_has_a_weight_to_report(shaping):
+    here, advantages = torch.ones(1, 2), torch.ones(1, 1)
+    logprobs = torch.full((1, 2), -1.0)
+    _, metrics = policy_loss(logprobs, logprobs, advantages, here, guided=here, shaping=shaping)
+    assert "w_guided" not in metrics and metrics["guided_share"] == 1
 
 
 @pytest.mark.parametrize(
@@ -842,6 +851,15 @@ def test_metrics_do_not_depend_on_the_micro_batch():
     rollouts = ragged_rollouts(model)
     one, all_ = (applied_gradient(model, rollouts, micro_batch=size)[1] for size in (1, 10**6))
     assert one == pytest.approx(all_, abs=1e-5)
+
+
+def test_without_a_shaped_token_there_is_no_mean_weight():
+    model = tiny_model()
+    rollouts = [Rollout([1, 2], [3, 4], True, advantage=a, guided_from=1) for a in (-1.0, 1.0)]
+    both = applied_gradient(model, rollouts, unlikely=1.0)[1]
+    bad = applied_gradient(model, rollouts[:1], unlikely=1.0)[1]  # guard (c) sets all aside
+    assert (bad["shaped_share"], both["shaped_share"]) == (0, 0.25)
+    assert "w_guided" not in bad and "pi_guided" in bad and "w_guided" in both
 
 
 def test_published_6_the_dual_clip_is_off_once_nobody_is_guided():

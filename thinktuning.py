@@ -5,8 +5,9 @@ GRPO, a teacher of the same size reads some of the student's attempts and contin
 feedback in the student's own voice, and the ordinary group-relative reward decides whether those
 words are learned. This program is the whole method in plain PyTorch, from the model and its KV
 cache to the loss, written to be read line by line beside the paper. It shows in minutes, on one
-CPU core and from random weights, that GRPO does not find this habit and ThinkTuning does, and the
-same code trains Llama and Qwen model directories.
+CPU core and from random weights, through a base model that has read how others reflect, that GRPO
+does not find this habit and ThinkTuning does, and the same code trains Llama and Qwen model
+directories.
 
     python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
     python thinktuning.py --preset mentor    the novelty test: a habit that is hardly ever sampled
@@ -43,7 +44,7 @@ from data.reward import equal, is_correct
 from data.scores import score
 from data.tokenizer import Tokenizer
 from demo import command as demonstration
-from grpo import LossSettings, MasterAdamW, Rollout, group_advantages, snapshot, update
+from grpo import LossSettings, Rollout, group_advantages, snapshot, update
 from model import LM
 from run import sinks
 from run.cli import parse_args
@@ -51,6 +52,7 @@ from run.config import Config, check_used, chosen, named_settings, note_on_more_
 from run.errors import run_command
 from run.loading import device_and_dtype, fitting, load_model
 from run.loop import Loop, Metrics
+from run.optimizer import MasterAdamW
 from run.record import Run, earlier_settings
 from run.world import World
 from sampler import generate
@@ -91,13 +93,15 @@ def train(
     """
     config = loop.config  # B, G, L, p_init, …
     settings = loss_settings(config)  # ε, c, γ_min, γ_max, …
-    reference = initial_policy(student, teacher) if config.kl_coef else None  # π_ref
+    # π_ref is copied here, because loop.steps may load a checkpoint into the student.
+    reference = initial_policy(student, teacher) if config.kl_coef else None
     optimizer = prepare_to_train(student, config, loop.world)
     # What the loop calls when it is due: greedy scores, and a few rollouts to read.
     validate = partial(validation_scores, tokenizer=tokenizer)
     transcribe = partial(transcripts, tokenizer=tokenizer, settings=settings)
     for step, questions in loop.steps(student, optimizer, teacher, validate, transcribe):
-        policy = loop.policy  # π_old: the student as it is until the update
+        # π_old until the first optimizer step: the student itself (of several processes, a copy).
+        policy = loop.policy
         # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
         rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
         # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
@@ -108,7 +112,8 @@ def train(
         for rollout, reply in zip(chosen, replies):
             # 4. Parse strictly: T's opinion, reason and phrase on o_i, or no feedback at all.
             rollout.feedback = feedback = parse_feedback(reply)
-            # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group.
+            # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group. Where
+            #    ô_i would be longer than L tokens, o_i stays.
             if feedback:
                 augment(rollout, feedback, tokenizer, config.max_tokens)
         # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
@@ -116,9 +121,12 @@ def train(
             rollout.reward = reward(rollout)
         # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
         set_advantages(rollouts, config.samples)
-        # 8. Update: log π_old of every token, then a step of AdamW on each mini-batch. The loss is
-        #    −Â·w on guided tokens and PPO's, with ρ = π_θ/π_old clipped, on all others.
+        # 8. Update: first log π_old, before the first mini-batch moves the student. Only augmented
+        #    rollouts still lack it.
         snapshot(policy, rollouts, config.micro_batch, config.temperature)
+        #    Then AdamW steps, one for each mini-batch of each epoch, on the token mean of ℓ; the
+        #    gradient's norm is clipped. ℓ = −Â·w on guided tokens, unless guard (c) makes them
+        #    ordinary; on ordinary ones it is PPO's: ρ = π_θ/π_old clipped, dual clip where Â < 0.
         updates = []
         for batch in loop.mini_batches(rollouts):
             metrics = update(
@@ -294,7 +302,8 @@ def validation_scores(loop: Loop, tokenizer: Tokenizer) -> Metrics:
 
 
 def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
-    out = Path(args.out or "out/{method}-{seed}".format_map({**asdict(Config()), **vars(args)}))
+    settings = {**asdict(Config()), **vars(args)}  # the defaults, but for what was given
+    out = Path(args.out or f"out/{settings['method']}-{settings['seed']}")
     before = earlier_settings(out, args.resume)  # {} for a new run
     config = chosen(args, before)
     config.check()

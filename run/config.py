@@ -81,7 +81,9 @@ class Config:
     schedule_steps: int = option(
         0, "teacher", "p_s decays in their first third; 0: as --steps", least=0, most=10**9
     )
-    p_init: float = option(0.1, "teacher", "share of a group guided at first", least=0, most=1)
+    p_init: float = option(
+        0.1, "teacher", "share of a group guided at first, at least one rollout", least=0, most=1
+    )
     p_min: float = option(0.01, "teacher", "and at the end of the decay", above=0, most=1)
     eps: float = option(
         0.05, "teacher", "the teacher is off for good when p <= eps + 0.01", least=-0.01, most=1

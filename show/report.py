@@ -310,7 +310,13 @@ TEACHER = (  # quantity, unit, measures, what to know, what the title says
     ("Its replies", "%", REPLIES, "Right: the grader says the same.", charts.averages),
     ("Reward of a rollout", "reward", REWARDS, "Means over a step.", charts.averages),
     ("Behaviours in its replies", "%", BEHAVIOURS, "Found by cue words.", charts.averages),
-    ("Its words, seen by the student", "", WEIGHTS, "π: probability, w: weight.", charts.trends),
+    (
+        "Its words, seen by the student",
+        "",
+        WEIGHTS,
+        "π: probability. w: AAS's weight, of the tokens that it shapes.",
+        charts.trends,
+    ),
 )
 
 # Transcripts.

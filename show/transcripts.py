@@ -14,10 +14,10 @@ from grpo import LossSettings, Rollout, shaped_ratio, too_unlikely_to_push_down
 def transcripts(
     rollouts: list[Rollout], tokenizer: Tokenizer, step: int, settings: LossSettings, most: int = 3
 ) -> list[dict[str, Any]]:
-    """A few of the step's rollouts as text, guided ones first."""
-    helped = [r for r in rollouts if r.feedback is not None][: most - 1]
-    others = [r for r in rollouts if r not in helped][: most - len(helped)]
-    return [transcript(r, tokenizer, step, settings) for r in helped + others]
+    """A few of the step's rollouts as text, those first on which the teacher's reply was parsed."""
+    parsed = [r for r in rollouts if r.feedback is not None][: most - 1]
+    others = [r for r in rollouts if r not in parsed][: most - len(parsed)]
+    return [transcript(r, tokenizer, step, settings) for r in parsed + others]
 
 
 def transcript(
