@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (every run imports it; a forked child has it from here)
 
 import thinktuning
-from data import tokenizer
+from data import load_problems, tokenizer
 from grpo import MasterAdamW
 from model import LM, ModelConfig
 from run import checkpoint
@@ -56,6 +57,9 @@ def start(tmp_path_factory):
     builtin = tokenizer.Tokenizer.builtin()
     path = tmp_path_factory.mktemp("start") / "model"
     LM(ModelConfig(builtin.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)).save(path, builtin)
+    # A file, because to make the 8,000 built-in problems takes longer than to train on a few.
+    problems = [json.dumps(p._asdict()) for p in load_problems("wordproblems")[:40]]
+    (path.parent / "problems.jsonl").write_text("\n".join(problems))
     return path
 
 
@@ -71,7 +75,8 @@ def child(
 ) -> int:
     """Run the command in a forked process; its exit status, or minus the signal that ended it (its number if not waited for)."""
     argv = ["train", "--out", str(out), "--resume", *settings, *flags]
-    for flag, value in {"--model": str(start), "--data": "wordproblems"}.items():
+    problems = start.parent / "problems.jsonl"
+    for flag, value in {"--model": str(start), "--data": str(problems)}.items():
         if flag in named:
             argv += [flag, value]
     sys.stdout.flush()

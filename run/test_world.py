@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import load_problems
 from data.tokenizer import Tokenizer
 from model import LM, ModelConfig
 from run.world import World
@@ -17,27 +18,18 @@ HERE = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def torchrun(*command, processes=2, timeout=300):
-    """Run `thinktuning.py ...` or `-c`-like test files under torchrun; (status, output of all processes)."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
+def launch(*command, processes=2, timeout=300, **environment):
+    """Run a script of thinktuning.py, under torchrun if in several processes; (status, output of all)."""
+    torchrun = "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    torchrun += f" --nproc-per-node {processes}"
     done = subprocess.run(
-        [*launch, *map(str, command)],
+        [sys.executable, *(torchrun.split() if processes > 1 else []), *map(str, command)],
         cwd=HERE,
         timeout=timeout,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     return done.returncode, done.stdout
 
@@ -51,71 +43,70 @@ from grpo import MasterAdamW, update
 from model import LM
 from test_grpo import ragged_rollouts, tiny_model
 
-tie, kl, micro_batch, recompute = sys.argv[1] == "tied", float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "recompute"
 world = World.start("cpu", torch.float32)
-alone = tiny_model()
-if tie:
-    alone = LM(dataclasses.replace(alone.config, tie_embeddings=True))
-    for p in alone.parameters():
-        dist.broadcast(p.data, 0)
-rollouts = ragged_rollouts(alone, n=7)
-spread, reference = copy.deepcopy(alone), tiny_model(seed=5)
-spread.recompute = recompute
-world.shard(spread)
-options = dict(kl_coef=kl, reference=reference if kl else None, micro_batch=micro_batch)
-# eps: AdamW's first step is otherwise a sign
-optimizers = [MasterAdamW(m.parameters(), lr=1e-3, eps=1e-3) for m in (alone, spread)]
-for step in range(3):
-    for r in rollouts[step::2]:
-        r.old_logprobs = None  # each process computes those of its own rollouts
-    own = world.share(rollouts)
-    if sys.argv[5] == "one":  # process 0 has nothing to do, and joins the passes of the other
-        own = [] if world.is_first else rollouts
-    ours = update(spread, optimizers[1], own, world=world, **options)
-    for r in rollouts[step::2]:
-        r.old_logprobs = None
-    theirs = update(alone, optimizers[0], rollouts, **options)
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert abs(ours[key] - theirs[key]) < 1e-5 * max(1, abs(theirs[key])), (key, ours[key], theirs[key])
-worst = max((full(a) - b).abs().max().item() for a, b in zip(spread.parameters(), alone.parameters(), strict=True))
-parts = sum(p.to_local().numel() for p in spread.parameters())
-assert parts < 0.8 * sum(p.numel() for p in alone.parameters())
-if world.is_first:
-    print("worst difference of a weight", worst)
-assert worst < 1e-5
+
+def compare(tie, kl, micro_batch, recompute, only_one):
+    alone = tiny_model()
+    if tie:
+        alone = LM(dataclasses.replace(alone.config, tie_embeddings=True))
+        for p in alone.parameters():
+            dist.broadcast(p.data, 0)
+    rollouts = ragged_rollouts(alone, n=7)
+    spread, reference = copy.deepcopy(alone), tiny_model(seed=5)
+    spread.recompute = recompute
+    world.shard(spread)
+    options = dict(kl_coef=kl, reference=reference if kl else None, micro_batch=micro_batch)
+    # eps: AdamW's first step is otherwise a sign
+    optimizers = [MasterAdamW(m.parameters(), lr=1e-3, eps=1e-3) for m in (alone, spread)]
+    for step in range(3):
+        for r in rollouts[step::2]:
+            r.old_logprobs = None  # each process computes those of its own rollouts
+        own = world.share(rollouts)
+        if only_one:  # process 0 has nothing to do, and joins the passes of the other
+            own = [] if world.is_first else rollouts
+        ours = update(spread, optimizers[1], own, world=world, **options)
+        for r in rollouts[step::2]:
+            r.old_logprobs = None
+        theirs = update(alone, optimizers[0], rollouts, **options)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert abs(ours[key] - theirs[key]) < 1e-5 * max(1, abs(theirs[key])), (key, ours[key], theirs[key])
+    worst = max((full(a) - b).abs().max().item() for a, b in zip(spread.parameters(), alone.parameters(), strict=True))
+    parts = sum(p.to_local().numel() for p in spread.parameters())
+    assert parts < 0.8 * sum(p.numel() for p in alone.parameters())
+    if world.is_first:
+        print("worst difference of a weight", worst)
+    assert worst < 1e-5
+
+compare(tie=False, kl=0.0, micro_batch=10000, recompute=False, only_one=False)
+compare(tie=True, kl=0.1, micro_batch=12, recompute=True, only_one=False)
+compare(tie=False, kl=0.1, micro_batch=1, recompute=False, only_one=False)
+compare(tie=True, kl=0.0, micro_batch=12, recompute=False, only_one=True)
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("untied", "0", "10000", "keep", "both"),
-        ("tied", "0.1", "12", "recompute", "both"),
-        ("untied", "0.1", "1", "keep", "both"),
-        ("tied", "0", "12", "keep", "one"),
-    ],
-)
-def test_the_update_of_two_processes_is_that_of_one(settings, tmp_path):
+def test_the_update_of_two_processes_is_that_of_one(tmp_path):
     script = tmp_path / "update.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
-    status, output = torchrun(script, *settings)
+    status, output = launch(script)
     assert status == 0, output
-    assert "worst difference" in output
+    assert output.count("worst difference") == 4
 
 
 @pytest.fixture
 def start(tmp_path):
     torch.manual_seed(0)
     tokenizer = Tokenizer.builtin()
-    LM(ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)).save(
-        tmp_path / "start", tokenizer
-    )
+    config = ModelConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64, max_seq_len=256)
+    LM(config).save(tmp_path / "start", tokenizer)
+    problems = [json.dumps(p._asdict()) for p in load_problems("wordproblems")[:40]]
+    (tmp_path / "problems.jsonl").write_text("\n".join(problems))
     return tmp_path / "start"
 
 
+# One start of the processes trains several runs: each line that it reads has a run's flags.
 TRAIN = """
 import sys
 sys.path.insert(0, {here!r})
@@ -130,60 +121,51 @@ REPLY = "<opinion>incorrect</opinion><reason>Hmm.</reason><phrase>x</phrase>"
 Teacher.ask = lambda self, questions, _: [REPLY] * len(questions)
 thinktuning.is_correct = lambda text, answer: len(text) % 2 == 0
 {extra}
-sys.exit(main())
+for flags in os.environ["RUNS"].splitlines():
+    status = main(flags.split())
+    if status:
+        sys.exit(status)
 """
 FLAGS = (
-    "--data wordproblems --questions 3 --samples 4 --max-tokens 10 --mini-batch 2 --learning-rate 1e-2 --teacher-reply 20 "
-    "--teacher-prompt 100 --max-prompt 100 --save-every 1 --eval-data wordproblems --eval-count 5"
-).split()
+    "--questions 3 --samples 4 --max-tokens 10 --mini-batch 2 --learning-rate 1e-2 --teacher-reply 20 "
+    "--teacher-prompt 100 --max-prompt 100 --save-every 1 --eval-count 5"
+)
 
 
-def script(tmp_path, extra=""):
-    path = tmp_path / "train.py"
-    path.write_text(TRAIN.format(here=str(HERE), extra=extra))
-    return path
+def train(tmp_path, runs, processes, extra="", timeout=300, **environment):
+    """Train the runs, a dict from the name of each to its flags; (status, output of all processes)."""
+    script, problems = tmp_path / "train.py", tmp_path / "problems.jsonl"
+    script.write_text(TRAIN.format(here=str(HERE), extra=extra))
+    lines = []
+    for name, flags in runs.items():
+        places = f"--model {tmp_path}/start --data {problems} --eval-data {problems} --out {tmp_path}/{name}"
+        lines.append(f"train {places} {FLAGS} {flags}")
+    environment["RUNS"] = "\n".join(lines)
+    return launch(script, processes=processes, timeout=timeout, **environment)
 
 
 def metrics(run):
     return [json.loads(line) for line in open(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path, dtype):
-    run = tmp_path / "run"
+def test_checkpoints_go_from_one_process_to_two_and_back(start, tmp_path):
     stops = (
         "os.environ.get('STOP') and setattr(Run, 'log', lambda self, m, *a, log=Run.log: "
         "(log(self, m, *a), m['step'] == int(os.environ['STOP']) and os.kill(os.getpid(), signal.SIGTERM)))"
     )
-    command = [
-        script(tmp_path, stops),
-        "train",
-        "--model",
-        start,
-        "--out",
-        run,
-        "--resume",
-        "--dtype",
-        dtype,
-        "--steps",
-        "6",
-        *FLAGS,
-    ]
-    try:
-        for processes, stop in ((1, "1"), (2, "3"), (1, "")):
-            os.environ["STOP"] = stop
-            status, output = torchrun(*command, processes=processes)
-            assert status == 0, output
-            assert (
-                output.count("it fits") == 1 and "Traceback" not in output
-            )  # only the first process prints
-    finally:
-        del os.environ["STOP"]
-    assert [m["step"] for m in metrics(run)] == list(range(6)) and all(
-        m["active_share"] > 0 for m in metrics(run)
-    )
-    assert "eval_accuracy" in metrics(run)[-1]
-    assert LM.load(run / "model").embed.weight.isfinite().all()
+    dtypes = ("float32", "bfloat16")
+    runs = {dtype: f"--resume --dtype {dtype} --steps 6" for dtype in dtypes}
+    for processes, stop in ((1, "1"), (2, "3"), (1, "")):
+        status, output = train(tmp_path, runs, processes, stops, STOP=stop)
+        assert status == 0, output
+        assert output.count("it fits") == len(dtypes)  # only the first process prints
+        assert "Traceback" not in output
+    for dtype in dtypes:
+        recorded = metrics(tmp_path / dtype)
+        assert [m["step"] for m in recorded] == list(range(6))
+        assert all(m["active_share"] > 0 for m in recorded)
+        assert "eval_accuracy" in recorded[-1]
+        assert LM.load(tmp_path / dtype / "model").embed.weight.isfinite().all()
 
 
 SAYS_THE_SAME = """
@@ -205,49 +187,35 @@ thinktuning.generate = generate
 """
 
 
-@pytest.mark.parametrize("mini_batch", ["2", "1"])  # 1: the first process has no questions
-def test_two_processes_train_as_one_does(start, tmp_path, mini_batch):
+def test_two_processes_train_as_one_does(start, tmp_path):
     """The same are helped, the same is learned from the same mini-batches."""
+    flags = "--steps 4 --schedule constant --p-init 0.5 --kl-coef 0.1 --mini-batch"
     for processes in (1, 2):
-        command = [script(tmp_path, SAYS_THE_SAME), "train", "--model", start, "--steps", "4"]
-        command += [
-            "--out",
-            tmp_path / f"run{processes}",
-            "--schedule",
-            "constant",
-            "--p-init",
-            "0.5",
-        ]
-        command += [*FLAGS, "--mini-batch", mini_batch, "--kl-coef", "0.1"]
-        status, output = torchrun(*command, processes=processes)
+        # In mini-batches of one question the first process has no questions.
+        runs = {f"run{processes}-of-{size}": f"{flags} {size}" for size in (2, 1)}
+        status, output = train(tmp_path, runs, processes, SAYS_THE_SAME)
         assert status == 0, output
         assert "Warning" not in output, output
-    one, two = metrics(tmp_path / "run1"), metrics(tmp_path / "run2")
+    for size in (2, 1):
+        one, two = (tmp_path / f"run{processes}-of-{size}" for processes in (1, 2))
+        check_same_metrics(metrics(one), metrics(two))
+        alone, together = (LM.load(run / "model").parameters() for run in (one, two))
+        for ours, theirs in zip(alone, together, strict=True):
+            assert (ours - theirs).abs().max() < 1e-3  # AdamW's steps of 1e-2, rounding apart
+
+
+def check_same_metrics(one, two):
     assert sum(m["guided"] for m in one) > 3 and len(one) == len(two) == 4
     for ours, theirs in zip(one, two):
         del ours["tokens_per_second"], theirs["tokens_per_second"]
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-4), key
-    alone, together = (LM.load(tmp_path / f"run{n}" / "model") for n in (1, 2))
-    for ours, theirs in zip(alone.parameters(), together.parameters(), strict=True):
-        assert (ours - theirs).abs().max() < 1e-3  # AdamW's steps of 1e-2, rounding apart
 
 
 def test_the_death_of_one_process_ends_the_others(start, tmp_path):
     dies = "Run.log = lambda self, m, *a, log=Run.log: (log(self, m, *a), self.is_first or m['step'] and os.kill(os.getpid(), 9))"
-    status, output = torchrun(
-        script(tmp_path, dies),
-        "train",
-        "--model",
-        start,
-        "--out",
-        tmp_path / "run",
-        "--steps",
-        "500",
-        *FLAGS,
-        timeout=120,
-    )
+    status, output = train(tmp_path, {"run": "--steps 500"}, 2, dies, timeout=120)
     assert status != 0
     assert "another process of this run has ended" in output or "Signal 9" in output
     assert len(metrics(tmp_path / "run")) < 10

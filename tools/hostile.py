@@ -455,11 +455,11 @@ def checkpoint_seeds():
 
 
 READERS = {  # name: (reader, its valid inputs, runs in the fuzz tests)
-    "reward": (reward, reward_seeds, 20_000),
-    "feedback": (feedback, feedback_seeds, 100_000),
-    "problems": (problems, problem_seeds, 6_000),
-    "tokenizer": (tokenizer, tokenizer_seeds, 4_000),
-    "model": (model, model_seeds, 5_000),
-    "report": (report, report_seeds, 2_000),
-    "checkpoint": (checkpoint, checkpoint_seeds, 500),
+    "reward": (reward, reward_seeds, 10_000),
+    "feedback": (feedback, feedback_seeds, 50_000),
+    "problems": (problems, problem_seeds, 3_000),
+    "tokenizer": (tokenizer, tokenizer_seeds, 2_000),
+    "model": (model, model_seeds, 2_500),
+    "report": (report, report_seeds, 1_000),
+    "checkpoint": (checkpoint, checkpoint_seeds, 250),
 }
