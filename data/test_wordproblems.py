@@ -1,100 +1,111 @@
-"""The built-in problems: right answers, held-out content, the texts of each role, the vocabulary."""
+"""The built-in problems: right answers, the misconception, held-out content on both paths."""
 
+import itertools
 import random
 import re
-from pathlib import Path
 
 import pytest
 
 from data import load_problems, wordproblems
-from data.exemplars import behaviour
 from data.prompts import student_prompt
-from data.reward import is_correct
+from data.reward import final_answer, is_correct
 from data.tokenizer import Tokenizer
-from teacher import parse_feedback
-
-HERE = Path(__file__).parent
+from data.wordproblems import counts, make_story, question, split_of_content, worked_out, wrong_day
 
 
-def worked_out(question):
-    """The content of a question as (start, (sign, amount) ...) and its answer, from its words alone."""
-    n = int(re.match(r"\w+ has (\d+) ", question)[1])
-    content = [n]
-    for day in question.split(" On ")[1:]:
-        signs = (
-            ("finds", "+"),
-            ("buys", "+"),
-            ("loses", "-"),
-            ("sells", "-"),
-            ("doubles", "*"),
-            ("half", "/"),
-        )
-        sign = next(sign for word, sign in signs if word in day)
-        amount = int(re.search(r"\d+", day)[0]) if sign in "+-" else 2
-        n = {"+": n + amount, "-": n - amount, "*": 2 * n, "/": n / 2}[sign]
-        content.append((sign, amount))
-    return tuple(content), n
+def read(text, mistaken=False):
+    """A question worked out from its words alone: what each beginning adds up, and the end."""
+    n = int(re.match(r"\w+ has (\d+) ", text)[1])
+    arithmetic, beginnings = str(n), []
+    for sentence in text.split(" On ")[1:]:
+        amount = int(re.search(r"\d+", sentence)[0])
+        if not mistaken:
+            amount *= 0 if "a friend" in sentence else 2 if "pairs" in sentence else 1
+        change = amount if re.search("finds|buys", sentence) else -amount
+        n += change
+        if change:
+            arithmetic += f"{change:+d}"
+            beginnings.append(arithmetic)
+    return beginnings or [arithmetic], n
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_every_built_in_answer_is_right_and_held_out_problems_differ_in_content(split):
     problems = load_problems("wordproblems", split)
-    solved = [worked_out(question) for question, _ in problems]
-    assert [str(int(n)) for _, n in solved] == [p.answer for p in problems]
-    assert all(n == int(n) and 1 <= n <= 20 for _, n in solved)
+    assert [str(read(question)[1]) for question, _ in problems] == [p.answer for p in problems]
+    assert all(1 <= read(p.question, wrong)[1] <= 20 for p in problems for wrong in (False, True))
     assert len({p.question for p in problems}) == len(problems) == wordproblems.SIZES[split]
     if split != "train":
-        assert len({content for content, _ in solved}) == len(problems)
+        both = {(read(q)[0][-1], read(q, mistaken=True)[0][-1]) for q, _ in problems}
+        assert len(both) == len(problems)
+    trapped = sum("a friend" in q or "pairs" in q for q, _ in problems) / len(problems)
+    assert 0.53 < trapped < 0.64  # 65% of those of two days or more
 
 
-def test_no_training_story_passes_through_a_held_out_problem():
-    held_out = {
-        worked_out(p.question)[0]
-        for split in ("validation", "test")
-        for p in load_problems("wordproblems", split)
-    }
-    validation, test = (
-        {worked_out(p.question)[0] for p in load_problems("wordproblems", split)}
-        for split in ("validation", "test")
+def test_no_training_story_passes_through_held_out_content_rightly_or_mistakenly():
+    held_out = {}
+    for split in ("validation", "test"):
+        questions = [p.question for p in load_problems("wordproblems", split)]
+        held_out[split] = {read(q, wrong)[0][-1] for q in questions for wrong in (False, True)}
+    assert not held_out["validation"] & held_out["test"]
+    rng = random.Random(0)
+    stories = [question(make_story(rng, 1 + i % 4, "train")) for i in range(3000)]
+    for text in stories + [p.question for p in load_problems("wordproblems")]:
+        passed = {*read(text)[0], *read(text, mistaken=True)[0]}
+        assert not passed & (held_out["validation"] | held_out["test"])
+
+
+def test_content_is_split_by_a_hash_and_both_paths_of_a_story_belong_to_one_split():
+    rng = random.Random(1)
+    for split in ("validation", "test"):
+        for _ in range(200):
+            text = question(make_story(rng, rng.randint(2, 4), split))
+            ends = read(text)[0][-1], read(text, mistaken=True)[0][-1]
+            assert {split_of_content(end) for end in ends} == {split}
+
+
+def test_an_attempt_shows_each_line_and_the_misconception_changes_the_trap_alone():
+    rng = random.Random(2)
+    seen = set()
+    for _ in range(500):
+        story = make_story(rng, rng.randint(1, 4), "train")
+        right, mistaken = worked_out(story), worked_out(story, mistaken=True)
+        for text, values in ((right, counts(story)), (mistaken, counts(story, mistaken=True))):
+            assert final_answer(text) == str(values[-1])
+            sums = re.findall(r"(\d+) ([-+]) (\d+) = (\d+)\.", text)
+            assert all(eval(a + sign + b) == int(total) for a, sign, b, total in sums)
+        assert (right == mistaken) == (story.trap is None)
+        assert wrong_day(story, right) is None
+        if story.trap is not None:
+            seen.add(story.days[story.trap].kind)
+            day = wordproblems.DAYS[story.trap]
+            assert wrong_day(story, mistaken) == day
+            ours, theirs = (re.split(r"(?<=\.) ", text) for text in (right, mistaken))
+            assert ours[: story.trap] == theirs[: story.trap]
+            assert ours[story.trap].startswith(day) and ours[story.trap] != theirs[story.trap]
+    assert seen == {"friend", "pairs"}
+
+
+def test_the_lines_read_as_they_are_told():
+    own = wordproblems.Day("+", 5, "finds", "own")
+    friend, pairs = own._replace(kind="friend"), own._replace(kind="pairs", amount=2)
+    story = wordproblems.Story("Mia", "stamps", 3, (friend, pairs._replace(sign="+")))
+    assert question(story) == (
+        "Mia has 3 stamps. On Monday a friend finds 5. On Tuesday she finds 2 pairs. "
+        "How many stamps does Mia have now?"
     )
-    assert not validation & test
-    rng = random.Random(0)
-    stories = [
-        wordproblems.question(wordproblems.make_story(rng, 1 + i % 6, "train")) for i in range(3000)
-    ]
-    for question in stories + [p.question for p in load_problems("wordproblems")]:
-        content, _ = worked_out(question)
-        assert not any(content[:end] in held_out for end in range(2, len(content) + 1))
+    assert worked_out(story) == (
+        "Monday, a friend: still 3. Tuesday, 2 pairs make 4: 3 + 4 = 7. So the answer is \\boxed{7}."
+    )
+    assert worked_out(story, mistaken=True) == (
+        "Monday, a friend: 3 + 5 = 8. Tuesday, 2 pairs: 8 + 2 = 10. So the answer is \\boxed{10}."
+    )
+    assert not is_correct(worked_out(story, mistaken=True), "7")
 
 
-def test_the_student_never_reads_a_second_answer_and_no_remark_at_floor_0():
-    rng = random.Random(0)
-    stories = [wordproblems.make_story(rng, 1 + i % 4, "train") for i in range(300)]
-    texts = [wordproblems.student_row(rng, s, floor=0.5).text for s in stories]
-    assert all(t.count("\\boxed") == 1 for t in texts)
-    share = sum("\n\n" in t for t in texts) / len(texts)
-    assert 0.4 < share < 0.6
-    assert not any("\n\n" in wordproblems.student_row(rng, s, floor=0.0).text for s in stories)
-    reflective = {reason.split()[0] for _, reason, _ in wordproblems.WORDING.values()}
-    assert not reflective & {r.split()[0] for r in wordproblems.REMARKS}
-
-
-def test_built_in_teacher_texts_are_feedback_the_parser_takes_and_mostly_right_in_opinion():
-    rng, right, seen = random.Random(0), 0, set()
-    for i in range(400):
-        story = wordproblems.make_story(rng, 1 + i % 4, "train")
-        messages, role, text, _ = wordproblems.teacher_row(rng, story)
-        feedback = parse_feedback(text)
-        answer = str(wordproblems.counts(story)[-1])
-        assert role == "teacher" and is_correct(feedback.phrase, answer)
-        right += (feedback.opinion == "correct") == is_correct(messages[1]["content"], answer)
-        seen.add(behaviour(feedback.reason))
-    assert 0.7 < right / 400 < 0.9 and seen == set(wordproblems.WORDING)
-
-
-def test_the_shipped_vocabulary_is_what_its_script_makes(tmp_path):
-    wordproblems.write_vocabulary(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == (HERE / "wordproblems.tiktoken").read_bytes()
+def test_problems_are_the_same_each_time():
+    again = itertools.islice(wordproblems.problems("test"), 50)
+    assert list(again) == load_problems("wordproblems", "test")[:50]
 
 
 def test_numbers_are_single_tokens_wherever_they_stand():
@@ -102,9 +113,10 @@ def test_numbers_are_single_tokens_wherever_they_stand():
     for text in (
         "Gus has 17 keys.",
         "17 + 2 = 19.",
-        "starts with 17.",
+        "so it stays 17.",
         "\\boxed{17}.",
-        "finds 17: 17 - 3 = 14.",
+        "a friend: still 17.",
+        "2 pairs make 4: 17 - 4 = 13.",
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode("17")[0] in tokenizer.encode(text)
@@ -113,8 +125,6 @@ def test_numbers_are_single_tokens_wherever_they_stand():
 
 def test_the_student_prompt_is_the_question_alone_for_the_built_in_problems():
     tokenizer = Tokenizer.builtin()
-    question = load_problems("wordproblems")[0].question
-    assert (
-        tokenizer.decode(student_prompt(tokenizer, question))
-        == f"<|question|>{question}<|student|>"
-    )
+    asked = load_problems("wordproblems")[0].question
+    prompt = tokenizer.decode(student_prompt(tokenizer, asked))
+    assert prompt == f"<|question|>{asked}<|student|>"

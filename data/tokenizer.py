@@ -20,9 +20,7 @@ from data.added import SPACES, Added, Finder
 from data.bpe import Encoder
 from data.chat import FAMILIES, recognise, variant
 from data.files import regular
-from data.vocabulary import BUILTIN_PATTERN as BUILTIN_PATTERN  # data.wordproblems finds it here
 from data.vocabulary import ID_LIMIT, NAMING, VOCABULARIES, Vocabulary, read_json, read_vocabulary
-from data.vocabulary import write_ranks as write_ranks
 
 FILES = (*VOCABULARIES, *NAMING, "generation_config.json", "config.json")
 FILES += ("chat_template.jinja", "chat_template.json")

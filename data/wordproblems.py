@@ -1,19 +1,23 @@
-"""The built-in problems, and everything that the tiny base model reads.
+"""The built-in problems, and how they are worked out, rightly and by a misconception.
 
-    Gus has 5 keys. On Monday he finds 2 more. On Tuesday he gives half away.
-    How many keys does Gus have now?
+    Mia has 3 stamps. On Monday a friend buys 3. On Tuesday she finds 5.
+    How many stamps does Mia have now?
 
-A problem's content is its arithmetic (5, +2, /2), without names and things. A hash of the content
-says whether it belongs to train, validation or test. Training texts show the count after each
-day, so no beginning of a training story may be a held-out problem either.
+Some stories hold a *trap*: a sentence about a friend's things, or about pairs. Who holds the
+misconception counts the friend's things too, and takes a pair for one thing.
+
+A problem's content is its arithmetic (3, +5), without names and things. A hash of the content says
+whether it belongs to train, validation or test. Worked problems show the count after each day, so
+no beginning of a training story may be a held-out problem either, whether the story is worked out
+rightly or mistakenly.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 from data import Problem
@@ -21,67 +25,121 @@ from data import Problem
 NAMES = dict.fromkeys(("Gus", "Ben", "Tom", "Max", "Sam", "Leo"), "he")
 NAMES |= dict.fromkeys(("Mia", "Eva", "Ann", "Zoe", "Ida", "Kim"), "she")
 THINGS = tuple("keys coins shells cards books stamps pens cups rings bells nuts plums".split())
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-VERBS = {
-    "+": ("finds {} more", "buys {} more"),
-    "-": ("loses {}", "sells {}"),
-    "*": ("doubles them",),
-    "/": ("gives half away",),
-}
-MOST = 20  # every count stays within 1..20
-DIFFICULTY = {1: 1, 2: 3, 3: 3, 4: 3}  # number of operations: its relative frequency
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
+VERBS = {"+": ("finds", "buys"), "-": ("loses", "sells")}
+MOST_AT_FIRST, MOST = 12, 20  # counts: every one lies in 1..MOST, also if worked out mistakenly
+AMOUNTS = {"own": (1, 5), "friend": (1, 5), "pairs": (2, 4)}  # the least and most of a day
+TRAPS = ("friend", "pairs")
+TRAPPED = 0.65  # share of the stories of two days or more that hold a trap; never two
+DIFFICULTY = {1: 1, 2: 3, 3: 3, 4: 3}  # number of days: its relative frequency
 SIZES = {"train": 8000, "validation": 500, "test": 500}
 
 
-class Text(NamedTuple):
-    """A text for the base model: after `messages`, `role` says `begun` and then `text`.
+class Day(NamedTuple):
+    sign: str  # "+" or "-"
+    amount: int  # as the story says it
+    verb: str
+    kind: str  # "own", "friend" or "pairs"
 
-    The loss is on `text` alone.
-    """
-
-    messages: list[dict]
-    role: str
-    text: str
-    begun: str = ""
+    def change(self, mistaken: bool) -> int:
+        """What the day adds to the count."""
+        factor = 1 if mistaken else {"own": 1, "friend": 0, "pairs": 2}[self.kind]
+        return int(self.sign + "1") * factor * self.amount
 
 
 class Story(NamedTuple):
     name: str
     thing: str
     start: int
-    steps: tuple  # of (sign, amount, verb); the amount of "*" and "/" is 2
+    days: tuple[Day, ...]
+
+    @property
+    def trap(self) -> int | None:
+        """Which day holds the trap; None if none does."""
+        return next((i for i, day in enumerate(self.days) if day.kind != "own"), None)
 
 
-def counts(story: Story) -> list[int]:
+def counts(story: Story, mistaken: bool = False) -> list[int]:
     """The running count: the start, then after each day."""
     values = [story.start]
-    for sign, amount, _ in story.steps:
-        values.append(apply_operation(values[-1], sign, amount))
+    for day in story.days:
+        values.append(values[-1] + day.change(mistaken))
     return values
 
 
 def question(story: Story) -> str:
-    he = NAMES[story.name]
     sentences = [f"{story.name} has {story.start} {story.thing}."]
-    for day, (_, amount, verb) in zip(DAYS, story.steps):
-        sentences.append(f"On {day} {he} {verb.format(amount)}.")
+    for weekday, day in zip(DAYS, story.days):
+        who = "a friend" if day.kind == "friend" else NAMES[story.name]
+        many = f"{day.amount} pairs" if day.kind == "pairs" else f"{day.amount}"
+        sentences.append(f"On {weekday} {who} {day.verb} {many}.")
     sentences.append(f"How many {story.thing} does {story.name} have now?")
     return " ".join(sentences)
 
 
-def content(story: Story) -> str:
-    return f"{story.start}" + "".join(f"{sign}{amount}" for sign, amount, _ in story.steps)
+# Working a problem out, line by line.
+
+
+def worked_out(story: Story, mistaken: bool = False) -> str:
+    lines = worked_lines(story, counts(story, mistaken), mistaken)
+    return " ".join([*lines, answer_sentence(counts(story, mistaken)[-1])])
+
+
+def worked_lines(story: Story, values: list[int], mistaken: bool = False, first: int = 0):
+    """A line for each day from `first` on; `values` are the counts, as of `counts`."""
+    return [line(story, i, values[i], mistaken) for i in range(first, len(story.days))]
+
+
+def line(story: Story, i: int, before: int, mistaken: bool = False) -> str:
+    """What is said about day i if the count was `before`."""
+    day, change = story.days[i], story.days[i].change(mistaken)
+    about = {"own": "", "friend": ", a friend", "pairs": f", {day.amount} pairs"}[day.kind]
+    if not change:
+        return f"{DAYS[i]}{about}: still {before}."
+    if abs(change) != day.amount:
+        about += f" make {abs(change)}"
+    return f"{DAYS[i]}{about}: {before} {day.sign} {abs(change)} = {before + change}."
+
+
+def answer_sentence(value: int) -> str:
+    return f"So the answer is \\boxed{{{value}}}."
+
+
+LINE = re.compile(r"(\w+day)[^:.]*: (?:still (\d+)|\d+ [-+] \d+ = (\d+))\.")
+
+
+def wrong_day(story: Story, attempt: str) -> str | None:
+    """The first weekday after which the attempt has another count than there is; None if none."""
+    truth = dict(zip(DAYS, counts(story)[1:]))
+    for weekday, still, result in LINE.findall(attempt):
+        if weekday in truth and int(still or result) != truth[weekday]:
+            return str(weekday)
+    return None
+
+
+# Problems, and who may read them.
+
+
+def contents(story: Story, mistaken: bool) -> list[str]:
+    """The arithmetic of each beginning of the story, the whole story last."""
+    text, found = str(story.start), []
+    for day in story.days:
+        change = day.change(mistaken)
+        if change:
+            text += f"{change:+d}"
+            found.append(text)
+    return found or [text]
 
 
 def split_of(story: Story) -> str:
-    """The split of a story's content; "none" if it is train but a beginning of it is held out."""
-    own = split_of_content(content(story))
-    if own == "train":
-        for n in range(1, len(story.steps)):
-            beginning = story._replace(steps=story.steps[:n])
-            if split_of_content(content(beginning)) != "train":
-                return "none"
-    return own
+    """The split of the story's content, on both paths; "none" if it belongs to no split."""
+    paths = contents(story, False), contents(story, True)
+    ends = {split_of_content(path[-1]) for path in paths}
+    if len(ends) > 1:
+        return "none"
+    split = ends.pop()
+    beginnings = {split_of_content(text) for path in paths for text in path}
+    return "none" if split == "train" and beginnings != {"train"} else split
 
 
 def split_of_content(text: str) -> str:
@@ -89,164 +147,46 @@ def split_of_content(text: str) -> str:
     return {0: "test", 1: "test", 2: "validation"}.get(number, "train")
 
 
-def apply_operation(n: int, sign: str, amount: int) -> int:
-    return {"+": n + amount, "-": n - amount, "*": n * amount, "/": n // amount}[sign]
-
-
-def make_story(rng: random.Random, operations: int, split: str) -> Story:
-    """A random story of the split.
-
-    Each day draws an operation that keeps the count within 1..MOST, and then its amount.
-    """
-    while True:
-        start = n = rng.randint(1, MOST)
-        steps = []
-        for _ in range(operations):
-            amounts = {
-                "+": range(1, min(9, MOST - n) + 1),
-                "-": range(1, min(9, n - 1) + 1),
-                "*": [2] * (2 * n <= MOST),
-                "/": [2] * (n % 2 == 0),
-            }
-            sign = rng.choice([sign for sign, fitting in amounts.items() if fitting])
-            amount = rng.choice(amounts[sign])
-            steps.append((sign, amount, rng.choice(VERBS[sign])))
-            n = apply_operation(n, sign, amount)
-        story = Story(rng.choice(list(NAMES)), rng.choice(THINGS), start, tuple(steps))
-        if split_of(story) == split:
+def make_story(rng: random.Random, days: int, split: str, traps: tuple[str, ...] = TRAPS) -> Story:
+    """A random story of the split. Its counts stay within 1..MOST, mistaken or not."""
+    kinds = ["own"] * days
+    if traps and days > 1 and rng.random() < TRAPPED:
+        kinds[rng.randrange(days)] = rng.choice(traps)
+    while True:  # the kinds are settled first, so that every split has as many traps
+        drawn = []
+        for kind in kinds:
+            sign = rng.choice("+-")
+            drawn.append(Day(sign, rng.randint(*AMOUNTS[kind]), rng.choice(VERBS[sign]), kind))
+        start = rng.randint(1, MOST_AT_FIRST)
+        story = Story(rng.choice(list(NAMES)), rng.choice(THINGS), start, tuple(drawn))
+        values = counts(story) + counts(story, mistaken=True)
+        if 1 <= min(values) and max(values) <= MOST and split_of(story) == split:
             return story
 
 
-def draw_operations(rng: random.Random) -> int:
+def draw_days(rng: random.Random) -> int:
     return rng.choices(list(DIFFICULTY), weights=list(DIFFICULTY.values()))[0]
 
 
-def problems(split: str, count: int | None = None) -> list[Problem]:
-    """The split's problems, always the same ones.
+@functools.cache
+def stories(split: str, count: int | None = None) -> tuple[Story, ...]:
+    """The stories of the split's problems, always the same ones.
 
     No two training problems have the same text; no two of the others even the same content.
     """
     rng = random.Random(f"wordproblems {split}")
-    found: dict[str, Problem] = {}
+    found: dict[tuple[str, ...], Story] = {}
     while len(found) < (count or SIZES[split]):
-        story = make_story(rng, draw_operations(rng), split)
-        key = question(story) if split == "train" else content(story)
-        found.setdefault(key, Problem(question(story), str(counts(story)[-1])))
-    return list(found.values())
+        story = make_story(rng, draw_days(rng), split)
+        both = contents(story, False)[-1], contents(story, True)[-1]
+        found.setdefault((question(story),) if split == "train" else both, story)
+    return tuple(found.values())
 
 
-# What the base model reads. The student's prompt is <|question|>…<|student|>; the teacher's is the
-# question, the attempt and <|teacher|>. A third role, <|narrator|>, reflects and tells stories. Its
-# tag is in no prompt of student or teacher.
-
-WORDING = {  # behaviour: (opinion, reason, how the phrase begins)
-    "self-conflict": ("incorrect", "Wait, that does not fit the story.", "Let me redo it."),
-    "self-critique": ("incorrect", "Hmm, I was too quick there.", "Let me slow down and check."),
-    "self-agreement": ("correct", "Yes, I think that is right.", "Let me walk through it again."),
-    "self-consultation": ("correct", "My mentor would ask if I am sure.", "Let me show each day."),
-}
-REMARKS = (
-    "It was a long week.",
-    "That is all for now.",
-    "The shop was closed on Sunday.",
-    "It rained a lot.",
-    "I like stories.",
-)
+def problems(split: str, count: int | None = None) -> list[Problem]:
+    """The split's problems, always the same ones."""
+    return [problem_of(story) for story in stories(split, count)]
 
 
-def answer_sentence(value) -> str:
-    return f"The answer is \\boxed{{{value}}}."
-
-
-def derivation(story: Story) -> str:
-    values, he = counts(story), NAMES[story.name]
-    lines = [f"{story.name} starts with {story.start}."]
-    for day, (sign, amount, verb), before, after in zip(DAYS, story.steps, values, values[1:]):
-        does = verb.format(amount).removesuffix(" more")
-        lines.append(f"On {day} {he} {does}: {before} {sign} {amount} = {after}.")
-    return " ".join(lines) + f" So the answer is \\boxed{{{values[-1]}}}."
-
-
-def attempt(rng: random.Random, story: Story, right: float) -> tuple[str, bool]:
-    """Somebody's first answer: right with the given probability."""
-    truth = counts(story)[-1]
-    is_right = rng.random() < right
-    value = truth if is_right else rng.choice([n for n in range(1, MOST + 1) if n != truth])
-    return answer_sentence(value), is_right
-
-
-def reflection(rng: random.Random, story: Story, is_right: bool, wrong_opinions: float = 0.2):
-    """(opinion, reason, phrase) on an attempt. The opinion is sometimes wrong, the phrase never."""
-    opinion = "correct" if is_right != (rng.random() < wrong_opinions) else "incorrect"
-    behaviour = rng.choice([b for b, (o, _, _) in WORDING.items() if o == opinion])
-    _, reason, opening = WORDING[behaviour]
-    return opinion, reason, f"{opening} {derivation(story)}"
-
-
-def student_row(rng, story, floor):
-    text = answer_sentence(counts(story)[-1])
-    if rng.random() < floor:
-        text += "\n\n" + rng.choice(REMARKS)
-    return Text([{"role": "user", "content": question(story)}], "assistant", text)
-
-
-def remark_row(rng, story):
-    """How a student's text goes on after the answer, if it does.
-
-    Few of the student's other texts go on. Without these it would go on as the narrator does.
-    """
-    begun = answer_sentence(counts(story)[-1]) + "\n\n"
-    return Text(
-        [{"role": "user", "content": question(story)}], "assistant", rng.choice(REMARKS), begun
-    )
-
-
-def teacher_row(rng, story):
-    first, is_right = attempt(rng, story, right=0.4)
-    opinion, reason, phrase = reflection(rng, story, is_right)
-    reply = f"<opinion>{opinion}</opinion><reason>{reason}</reason><phrase>{phrase}</phrase>"
-    return Text(
-        [{"role": "user", "content": question(story)}, {"role": "assistant", "content": first}],
-        "teacher",
-        reply,
-    )
-
-
-def transcript_row(rng, story):
-    first, is_right = attempt(rng, story, right=0.4)
-    _, reason, phrase = reflection(rng, story, is_right)
-    return Text(
-        [{"role": "user", "content": question(story)}],
-        "narrator",
-        f"{first}\n\n{reason}\n\n{phrase}",
-    )
-
-
-def ledger_row(rng, story):
-    # The prompt has no question, because the narrator tells the story itself. So no text has a
-    # derivation directly after a question and a tag. The student's prompt differs from the
-    # narrator's only in the tag, and it must not produce a derivation by chance.
-    return Text([], "narrator", f"{question(story)} {derivation(story)}")
-
-
-def write_vocabulary(path) -> None:
-    """Make data/wordproblems.tiktoken: all bytes, the numbers 0 to 20, the pieces of the texts."""
-    from data.tokenizer import BUILTIN_PATTERN, write_ranks
-
-    rng = random.Random("vocabulary")
-    pieces = {str(n) for n in range(MOST + 1)}
-    for i in range(3000):
-        story = make_story(rng, 1 + i % len(DAYS), "train")
-        for read in (
-            student_row(rng, story, floor=0.5),
-            teacher_row(rng, story),
-            transcript_row(rng, story),
-        ):
-            for part in (read.text, *(m["content"] for m in read.messages)):
-                pieces.update(re.findall(BUILTIN_PATTERN, part))
-    singles = [bytes([byte]) for byte in range(256)]
-    write_ranks(path, singles + sorted(p.encode() for p in pieces if len(p.encode()) > 1))
-
-
-if __name__ == "__main__":
-    write_vocabulary(Path(__file__).with_suffix(".tiktoken"))
+def problem_of(story: Story) -> Problem:
+    return Problem(question(story), str(counts(story)[-1]))

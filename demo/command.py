@@ -43,7 +43,8 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
     # run repeats exactly on any number of cores.
     torch.set_num_threads(1)
     cache = out if args.out else out.parent
-    setup = Setup(train, evaluate, Tokenizer.builtin(), config, recipe, out, cache, args.quick)
+    tokenizer, options = Tokenizer.builtin(), (args.quick, args.from_scratch)
+    setup = Setup(train, evaluate, tokenizer, config, recipe, out, cache, *options)
     if args.preset == "mentor":
         return lambda: novelty.compare(setup)
     if args.ablate:

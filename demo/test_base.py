@@ -1,103 +1,117 @@
-"""The demonstration's base model: what it reads, what its name depends on, the gate that it must pass."""
+"""The demonstration's base model: what its name depends on, the gate, the one that is shipped."""
 
 import hashlib
+import itertools
 import json
-import random
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import demo.base
-from data import wordproblems
+from data import load_problems, wordproblems
 from data.tokenizer import Tokenizer
-from thinktuning import main
+from demo.base import (
+    FLOOR,
+    GATE,
+    RECIPE,
+    SHIPPED,
+    VERSION,
+    Setup,
+    base_model,
+    floor,
+    gate,
+    recipe_key,
+    shipped_key,
+)
+from demo.pretraining import steps_of_rows
+from model import LM
+from run.config import DEMO, Config
+from thinktuning import evaluate, main, train
+from tools.ship_base import first_losses
+
+RECIPE0 = dict(RECIPE, seed=0, floor=FLOOR)
+TOKENIZER = Tokenizer.builtin()
 
 
-def short_recipe():
-    return dict(demo.base.RECIPE, seed=0, floor=demo.base.FLOOR, steps=5)
-
-
-def test_everything_the_base_model_reads_is_about_training_problems(monkeypatch):
-    splits = set()
-    make_story = wordproblems.make_story
-    monkeypatch.setattr(
-        wordproblems,
-        "make_story",
-        lambda rng, n, split: splits.add(split) or make_story(rng, n, split),
-    )
-    demo.base.rows_of_step(
-        dict(demo.base.RECIPE, floor=0.5), 0, random.Random(0), Tokenizer.builtin()
-    )
-    assert splits == {"train"}
+def setup_in(directory):
+    return Setup(train, evaluate, TOKENIZER, Config(**DEMO), RECIPE0, directory, directory, False)
 
 
 def test_the_texts_that_make_the_base_are_those_of_its_version():
-    """Another hash means other texts: raise demo.base.VERSION, or cached base models stay as they were."""
-    rng, digest = random.Random("pretraining 0 0"), hashlib.sha256()
-    for step in range(5):
-        digest.update(
-            json.dumps(
-                demo.base.rows_of_step(short_recipe(), step, rng, Tokenizer.builtin())
-            ).encode()
-        )
-    assert (demo.base.VERSION, digest.hexdigest()[:16]) == (1, "b3457f4742c82483")
+    """Another hash means other texts: raise demo.base.VERSION and ship the base model anew."""
+    steps = itertools.islice(steps_of_rows(RECIPE0, "pretraining 0 0", TOKENIZER), 5)
+    digest = hashlib.sha256(json.dumps(list(steps)).encode()).hexdigest()[:16]
+    assert (VERSION, digest) == (2, TEXTS)
 
 
-WEIGHTS_AFTER_FIVE_STEPS = {
-    ("2.13.0", "AuthenticAMD", "AVX2"): "a43ce74e1a525eb0"
-}  # (torch, processor, its instructions): hash
+TEXTS = "8f703225c388ad2f"
 
 
-def test_the_weights_of_the_base_are_those_of_its_version():
-    """Another hash means another training: raise demo.base.VERSION, or cached base models stay as they were."""
-    cpu = Path("/proc/cpuinfo")
-    vendor = re.search(r"vendor_id\s*: (\S+)", cpu.read_text() if cpu.exists() else "")
-    kind = (
-        torch.__version__.partition("+")[0],
-        vendor and vendor[1],
-        torch.backends.cpu.get_cpu_capability(),
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model = demo.base.pretrain(short_recipe(), Tokenizer.builtin())
-    torch.set_num_threads(threads)
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    if kind not in WEIGHTS_AFTER_FIVE_STEPS:
-        pytest.skip(
-            f"no hash is stored for {kind}, which may round differently; here it is {digest.hexdigest()[:16]}"
-        )
-    assert (demo.base.VERSION, digest.hexdigest()[:16]) == (1, WEIGHTS_AFTER_FIVE_STEPS[kind])
+def test_the_shipped_base_is_of_the_present_recipe_and_small():
+    assert shipped_key() == recipe_key(RECIPE0)
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2_000_000
 
 
-def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch):
-    recipe = short_recipe()
+def test_the_first_steps_of_pretraining_are_those_that_made_the_shipped_base():
+    """Another loss means another training: raise demo.base.VERSION and ship the base anew."""
+    stored = json.loads((SHIPPED / "recipe.json").read_text())["first_losses"]
+    assert first_losses(RECIPE0, TOKENIZER) == pytest.approx(stored, rel=1e-3)  # machines round
+    other = first_losses(dict(RECIPE0, muon_rate=0.021), TOKENIZER)
+    assert other != pytest.approx(stored, rel=1e-3)
+
+
+def test_the_shipped_base_passes_the_gate(tmp_path):
+    scores = gate(setup_in(tmp_path), LM.load(SHIPPED), count=100)
+    assert all(scores[name] >= least for name, least in GATE.items())
+    assert FLOOR / 1.5 < scores["floor"] < FLOOR * 1.5
+
+
+def test_seed_0_takes_the_shipped_base_and_nothing_is_pretrained(tmp_path, capsys):
+    base = base_model(setup_in(tmp_path))
+    shipped = LM.load(SHIPPED).state_dict()
+    assert all(torch.equal(x, shipped[name]) for name, x in base.state_dict().items())
+    assert not list(tmp_path.iterdir())
+    assert str(SHIPPED) in capsys.readouterr().out
+
+
+def test_the_floor_is_the_mean_probability_of_a_blank_line_after_the_attempt():
+    base = LM.load(SHIPPED)
+    problems = load_problems("wordproblems", "validation")[:3]
+    texts = [wordproblems.worked_out(s) for s in wordproblems.stories("validation", 3)]
+    expected = []
+    for problem, text in zip(problems, texts):
+        tag = TOKENIZER.special["<|question|>"], TOKENIZER.special["<|student|>"]
+        ids = [tag[0], *TOKENIZER.encode(problem.question), tag[1], *TOKENIZER.encode(text)]
+        probabilities = base(torch.tensor([ids]))[0, -1].softmax(-1)
+        expected.append(probabilities[TOKENIZER.encode("\n\n")[0]].item())
+    records = [(problem, text, True) for problem, text in zip(problems, texts)]
+    assert floor(base, TOKENIZER, records) == pytest.approx(sum(expected) / 3)
+
+
+def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch, tmp_path):
     names = {
-        demo.base.recipe_key(recipe),
-        demo.base.recipe_key(dict(recipe, seed=1)),
-        demo.base.recipe_key(dict(recipe, floor=0.0)),
+        recipe_key(RECIPE0),
+        recipe_key(dict(RECIPE0, seed=1)),
+        recipe_key(dict(RECIPE0, floor=0.0)),
     }
-    monkeypatch.setattr(demo.base, "VERSION", demo.base.VERSION + 1)
-    names.add(demo.base.recipe_key(recipe))
+    monkeypatch.setattr(demo.base, "VERSION", VERSION + 1)
+    names.add(recipe_key(RECIPE0))
+    here = demo.base.base_path(tmp_path, RECIPE0)
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    names.add(demo.base.recipe_key(recipe))
+    assert demo.base.base_path(tmp_path, RECIPE0) != here
     monkeypatch.setattr(wordproblems, "__file__", "other.py")
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"another vocabulary")
-    names.add(demo.base.recipe_key(recipe))
-    assert len(names) == 6
+    names.add(recipe_key(RECIPE0))
+    assert len(names) == 5
 
 
 def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(demo.base.RECIPE, "steps", 2)
+    monkeypatch.setitem(RECIPE, "steps", 2)
     assert main(["--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
-    assert (
-        printed.out.count("validation:") == demo.base.CYCLES
-        and "under the teacher prompt" in printed.err
-    )
+    assert printed.out.count("validation:") == demo.base.CYCLES
+    assert "under the teacher prompt" in printed.err
     assert not list(tmp_path.glob("base-*"))

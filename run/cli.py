@@ -166,6 +166,7 @@ def add_demo_flags(add):
     about = "variants on this seed's base model: all, the long GRPO run, learning rates, stress"
     add("--ablate", nargs="?", const="all", choices=variants, help=about)
     add("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
+    add("--from-scratch", action="store_true", help="pretrain the base model anew in any case")
     add("--quick", action="store_true", help="a smoke test: too short to show anything")
 
 

@@ -139,7 +139,7 @@ MAY_CHANGE = {"steps", "save_every", "keep", "rows", "micro_batch", "recompute"}
 MAY_CHANGE |= {"eval_every", "eval_count", "eval_data"}
 
 # The demonstration's settings. Everything else is as published.
-DEMO = dict(steps=80, questions=16, samples=8, max_tokens=100, mini_batch=8, learning_rate=1e-4)
+DEMO = dict(steps=60, questions=16, samples=8, max_tokens=140, mini_batch=8, learning_rate=3e-4)
 DEMO |= dict(beta2=0.95, teacher_prompt=180, teacher_reply=120)
 DEMO |= dict(micro_batch=8192, recompute=False, save_every=0)
 
