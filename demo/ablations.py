@@ -1,20 +1,41 @@
-"""Ablations: the same base model, budget and problems, with one thing changed."""
+"""Ablations and controls: the same base model, budget and problems, with one thing changed."""
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from data import wordproblems
-from data.reward import answers
+from data.reward import final_answer
 from data.scores import mean_and_se
+from data.wordproblems import MOST, answer_sentence
 from demo.base import Setup, base_model
 from demo.comparison import examine, held_out_problems, train_one
+from demo.supervised import train_supervised
+from demo.texts import WORDING
 from run.config import DEMO
 from run.record import write_json
 from run.screen import progress
 from teacher import parse_feedback
+
+TAKE_OFF = 0.25  # of the sampled rollouts reflect
+FEEDBACK = "<opinion>{}</opinion><reason>{}</reason><phrase>{}</phrase>"
+
+
+@dataclass(frozen=True)
+class Variant:
+    settings: dict = field(default_factory=dict)  # what changes in the configuration
+    wrap: Callable | None = None  # wrap(ask, rng) replaces how the teacher is asked
+    texts: dict = field(default_factory=dict)  # what changes in the base model's recipe
+    supervised: bool = False  # instead of RL
+    as_many_tokens_as: str = ""  # the number of steps follows from this variant's tokens
+
+
+# Other teachers. Each wraps `ask(questions, attempts) -> replies`.
 
 
 def shuffled(ask, rng):
@@ -25,6 +46,20 @@ def shuffled(ask, rng):
         return replies[1:] + replies[:1]
 
     return ask_and_shift
+
+
+def always_content(ask, rng):
+    """A teacher that confirms every attempt, whatever it says."""
+
+    def confirm(questions, attempts):
+        replies = []
+        for attempt in attempts:
+            answer = final_answer(attempt) or "0"
+            phrase = f"Each line fits. {answer_sentence(answer)}"
+            replies.append(FEEDBACK.format("correct", WORDING["self-agreement"][1], phrase))
+        return replies
+
+    return confirm
 
 
 def corrupted(share):
@@ -41,28 +76,29 @@ def corrupted(share):
 
 def spoiled(reply: str, share: float, rng: random.Random) -> str:
     feedback = parse_feedback(reply)
-    found = answers(feedback.phrase) if feedback else []
-    if not found or rng.random() >= share:
+    boxes = list(re.finditer(r"\\boxed\{(\d+)\}", feedback.phrase)) if feedback else []
+    if not boxes or rng.random() >= share:
         return reply
-    others = [n for n in range(1, wordproblems.MOST + 1) if str(n) != found[-1]]
-    start, _, end = reply.rpartition(f"\\boxed{{{found[-1]}}}")
+    others = [n for n in range(1, MOST + 1) if str(n) != boxes[-1][1]]
+    start, _, end = reply.rpartition(boxes[-1][0])
     return f"{start}\\boxed{{{rng.choice(others)}}}{end}"
 
 
-# A variant is a name, what changes in the configuration, and a function that wraps the teacher's
-# `ask` (or None).
-
 GRPO = {
-    "GRPO": (dict(method="grpo"), None),
-    "GRPO, four times the steps": (dict(method="grpo", steps=4 * DEMO["steps"]), None),
+    "GRPO": Variant(dict(method="grpo")),
+    "GRPO, as many tokens": Variant(dict(method="grpo"), as_many_tokens_as="ThinkTuning"),
+    "GRPO, four times the steps": Variant(dict(method="grpo", steps=4 * DEMO["steps"])),
 }
-PARTS_LEFT_OUT = {
-    "ThinkTuning": ({}, None),
-    "no AAS: ordinary ratio": (dict(shaping="ratio"), None),
-    "γ constant, as published": (dict(published="gamma"), None),
-    "whole trajectory guided": (dict(guided_tokens="trajectory"), None),
-    "teacher for the whole run": (dict(schedule="constant"), None),
-    "feedback shuffled": ({}, shuffled),
+THINKTUNING = {"ThinkTuning": Variant()}
+CONTROLS = {
+    "no AAS: ordinary ratio": Variant(dict(shaping="ratio")),
+    "γ constant, as published": Variant(dict(published="gamma")),
+    "whole trajectory guided": Variant(dict(guided_tokens="trajectory")),
+    "teacher for the whole run": Variant(dict(schedule="constant")),
+    "feedback shuffled": Variant(wrap=shuffled),
+    "teacher says correct": Variant(wrap=always_content),
+    "guidance begins anew": Variant(texts=dict(anew=True)),
+    "supervised on guided rollouts": Variant(supervised=True),
 }
 LOSSES = {
     "AAS": {},
@@ -74,83 +110,109 @@ LOSSES = {
 }
 
 
-def under_stress() -> dict:
+def under_stress() -> dict[str, Variant]:
     """Every loss under a high learning rate, four epochs, and a teacher that is often wrong."""
     stress = dict(
-        epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=3e-4, steps=20
+        epochs=4, schedule="constant", p_init=0.5, p_min=0.5, learning_rate=5e-4, steps=20
     )
-    variants = {}
-    for name, loss in LOSSES.items():
-        variants[name] = (dict(stress, **loss), corrupted(0.5))
-    return variants
+    return {name: Variant(dict(stress, **loss), corrupted(0.5)) for name, loss in LOSSES.items()}
 
 
-def learning_rates() -> dict:
+def learning_rates() -> dict[str, Variant]:
     variants = {}
     for method in ("grpo", "thinktuning"):
-        for learning_rate in (3e-5, 1e-4, 3e-4, 1e-3):
+        for learning_rate in (3e-5, 1e-4, 2e-4, 3e-4, 4e-4, 1e-3):
             changes = dict(method=method, learning_rate=learning_rate)
-            variants[f"{method}, {learning_rate:g}"] = (changes, None)
+            variants[f"{method}, {learning_rate:g}"] = Variant(changes)
     return variants
 
 
 VARIANTS = {
-    "all": {**PARTS_LEFT_OUT, **GRPO},
-    "long": GRPO,
+    "all": {**THINKTUNING, **CONTROLS, **GRPO},
+    "long": {**THINKTUNING, **GRPO},
     "stress": under_stress(),
     "rates": learning_rates(),
 }
 
 
 def ablate(setup: Setup, which, repeats):
-    """Train every variant `repeats` times from one base model, and print how each did."""
+    """Train every variant `repeats` times, and print how each did."""
     # A learning rate is chosen by its result, so its problems must not be the test problems.
     split = "validation" if which == "rates" else "test"
     problems = held_out_problems(setup, split)
-    base, _ = base_model(setup)
     path = setup.out / f"ablate-{which}.json"
-    rows = {}
-    for name, (changes, wrap) in VARIANTS[which].items():
-        outcomes = []
+    bases: dict[str, Any] = {}
+    rows: dict[str, list[dict]] = {}
+    for name, variant in VARIANTS[which].items():
+        recipe = {**setup.recipe, **variant.texts}
+        made_from = repr(recipe)
+        if made_from not in bases:
+            bases[made_from] = base_model(replace(setup, recipe=recipe))
+        rows[name] = []
         for repeat in range(repeats):
-            outcome = run_variant(setup, base, problems, changes, wrap, repeat)
+            changed = settings_of(setup, variant, rows, repeat)
+            outcome = run_variant(setup, bases[made_from], problems, variant, changed)
             if outcome is None:
                 print(f"stopped; finished variants are in {path}")
                 return
-            outcomes.append(outcome)
+            rows[name].append(outcome)
             progress(
                 f"{name}, run {repeat + 1} of {repeats}: accuracy {outcome['accuracy']:.3f}, "
                 f"reflects {outcome['reflection_rate']:.3f}",
                 last=True,
             )
-        rows[name] = outcomes
         write_json(path, rows)
-    print(f"\n{which}: {len(problems)} {split} problems, one base model; ", end="")
+    print(f"\n{which}: {len(problems)} {split} problems; ", end="")
     print(f"mean ± standard error over {repeats} training seeds")
     for name, outcomes in rows.items():
         print(summary_line(name, outcomes))
 
 
-def run_variant(setup: Setup, base, problems, changes, wrap, repeat) -> dict | None:
-    """Train and examine one variant with one seed; None if the training was stopped."""
+def settings_of(setup: Setup, variant: Variant, rows, repeat: int):
+    """The configuration of one run of a variant."""
     seed = setup.config.seed + 1000 * repeat
-    changed = replace(setup.config, **changes, seed=seed)
+    changed = replace(setup.config, **{**variant.settings, "seed": seed})
     if setup.quick:
-        changed = replace(changed, steps=setup.config.steps)
+        return replace(changed, steps=setup.config.steps)
+    if variant.as_many_tokens_as:
+        wanted = rows[variant.as_many_tokens_as][repeat]["generated_tokens"]
+        made = rows["GRPO"][repeat]["generated_tokens"]
+        changed = replace(changed, steps=math.ceil(changed.steps * wanted / made))
+    return changed
+
+
+def run_variant(setup: Setup, base, problems, variant: Variant, config) -> dict | None:
+    """Train and examine one variant with one seed; None if the training was stopped."""
     began = time.perf_counter()
-    student, history = train_one(setup, base, changed, wrap=wrap)
-    if len(history) < changed.steps:
-        return None
+    if variant.supervised:
+        student, history = train_supervised(base, setup.tokenizer, config)
+    else:
+        student, history = train_one(setup, base, config, wrap=variant.wrap)
+        if len(history) < config.steps:
+            return None
     seconds = time.perf_counter() - began
     scores, _ = examine(setup, student, problems)
-    return {**scores, "seed": seed, "seconds": seconds}
+    rollouts = config.questions * config.samples
+    reflecting = [metrics["step"] for metrics in history if metrics["reflection_rate"] >= TAKE_OFF]
+    return {
+        **scores,
+        "seed": config.seed,
+        "seconds": seconds,
+        "steps": config.steps,
+        "generated_tokens": sum(metrics["mean_length"] * rollouts for metrics in history),
+        "take_off": reflecting[0] if reflecting else None,  # a step
+    }
 
 
 def summary_line(name, outcomes) -> str:
-    accuracy, accuracy_se = mean_and_se([o["accuracy"] for o in outcomes])
-    reflects, reflects_se = mean_and_se([o["reflection_rate"] for o in outcomes])
-    took_off = sum(o["reflection_rate"] > 0.5 for o in outcomes)
+    def mean(key):
+        value, se = mean_and_se([outcome[key] for outcome in outcomes])
+        return f"{value:.3f} ± {se:.3f}"
+
+    steps = [outcome["take_off"] for outcome in outcomes]
+    steps = ", ".join("-" if step is None else str(step) for step in steps)
+    wrong, right = mean("reflection_rate_first_wrong"), mean("reflection_rate_first_right")
     return (
-        f"{name:<28} accuracy {accuracy:.3f} ± {accuracy_se:.3f}   "
-        f"reflects {reflects:.3f} ± {reflects_se:.3f}   took off in {took_off} of {len(outcomes)}"
+        f"{name:<30} accuracy {mean('accuracy')}   reflects when wrong {wrong}, when right {right}"
+        f"   takes off at {steps}"
     )

@@ -12,49 +12,81 @@ import time
 from dataclasses import replace
 
 from data import load_problems
-from data.scores import score
-from demo.base import Setup, base_model, teacher_prompt_scores
-from demo.printed import chart, same_question, table
+from data.scores import reflects, score
+from data.wordproblems import question, stories, wrong_day
+from demo.base import Setup, base_model, floor, teacher_prompt_scores
+from demo.planted import COUNT, examine_planted, named_day
+from demo.printed import chart, planted_table, same_question, table
 from run.loop import Loop
 from run.record import Run, write_json
 from show.report import write_report
 from teacher import make_teacher
 
 METHODS = ("grpo", "thinktuning")
+HELD_OUT = ("validation", "test")
+SAMPLED = (  # scores that are also given for sampled responses
+    "accuracy",
+    "reflection_rate",
+    "reflection_rate_first_wrong",
+    "reflection_rate_first_right",
+    "behaviours",
+)
 CURVE = dict(eval_every=5, eval_count=100)  # evaluations during training, for the report's curves
 
 
 def demonstrate(setup: Setup):
     """Make the base model, train it by both methods, examine all three, print and write it."""
-    out, config = setup.out, setup.config
-    began = time.perf_counter()
+    out, config, clock = setup.out, setup.config, Clock()
     remove_old_results(out)
-    base, seconds = base_model(setup)
+    base = base_model(setup)
+    clock.lap("pretrain")
     test = held_out_problems(setup)
     results, records, curves = {}, {}, {}
-    scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 24)
-    reference = teacher_prompt_scores(base, setup.tokenizer, test, records["base"], config)
-    results["base"] = {**scores, **reference, "seconds": seconds["pretrain"]}
+    scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 6)
+    reference = teacher_prompt_scores(base, setup.tokenizer, records["base"], config)
+    scores["floor"] = floor(base, setup.tokenizer, records["base"])
+    results["base"] = {**scores, "seconds": clock.seconds["pretrain"]}
+    clock.lap("examining")
     for method in METHODS:
-        started = time.perf_counter()
         changed = replace(config, method=method, **CURVE)
         student, curves[method] = train_one(setup, base, changed, out / method)
-        seconds[method] = time.perf_counter() - started
+        clock.lap(method)
         if not save_trained(setup, student, method, curves[method]):
             return
         scores, records[method] = examine(setup, student, test)
-        results[method] = {**scores, "seconds": seconds[method]}
-    seconds["total"] = time.perf_counter() - began
-    write_summary(setup, results, seconds=seconds)
-    print(f"\n{chart(curves)}\n\n{table(results, len(test))}\n\n{same_question(records)}")
-    total = seconds.pop("total")
-    spent = ", ".join(f"{name} {part:.0f}" for name, part in seconds.items())
-    print(
-        f"\n{total:.0f} s in all ({spent}); models, metrics and transcripts are in {out}/, "
-        f"{out}/report.html shows them"
-    )
+        results[method] = {**scores, "seconds": clock.seconds[method]}
+        clock.lap("examining")
+    count = 20 if setup.quick else COUNT
+    planted = examine_planted(student, setup.tokenizer, config.max_tokens, count)
+    clock.lap("examining")
+    more = dict(seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
+    write_summary(setup, results, teacher_prompt=reference, planted=planted, **more)
+    print(f"\n{chart(curves)}\n\n{table(results, reference, len(test))}")
+    print(f"\n{planted_table(planted)}\n\n{same_question(records)}")
+    print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
         print("a quick run only checks that everything runs: it is too short to show anything")
+
+
+class Clock:
+    """Seconds, and seconds of CPU, that each part of a run took."""
+
+    def __init__(self):
+        self.seconds, self.cpu_seconds = {"total": 0.0}, {"total": 0.0}
+        self.last = time.perf_counter(), time.process_time()
+
+    def lap(self, name: str):
+        """All since the last lap belonged to this part."""
+        now = time.perf_counter(), time.process_time()
+        for spent, before, after in zip((self.seconds, self.cpu_seconds), self.last, now):
+            spent[name] = spent.get(name, 0.0) + after - before
+            spent["total"] += after - before
+        self.last = now
+
+    def __str__(self):
+        parts = ", ".join(f"{n} {s:.0f}" for n, s in self.seconds.items() if n != "total")
+        cpu = self.cpu_seconds["total"]
+        return f"{self.seconds['total']:.0f} s in all, {cpu:.0f} s of CPU ({parts})"
 
 
 # These are shared with the novelty test.
@@ -143,10 +175,32 @@ def examine(setup: Setup, student, problems, samples=1):
     sampled, texts = setup.evaluate(
         student, tokenizer, problems, max_tokens=max_tokens, samples=samples, temperature=1.0
     )
-    for key in ("accuracy", "reflection_rate", "behaviours"):
+    for key in SAMPLED:
         scores[f"sampled_{key}"] = sampled[key]
     scores["sampled_rollouts"] = len(texts)
+    scores["names_line"] = names_line(records)
     return scores, records
+
+
+def names_line(records) -> float | None:
+    """Of the responses that reflect, the share whose reflection names the line that is wrong.
+
+    None if none reflects. A reflection on a right attempt names no wrong line.
+    """
+    known = {question(story): story for split in HELD_OUT for story in stories(split)}
+    named = []
+    for problem, text, _ in records:
+        if reflects(text):
+            attempt, reflection = at_first_answer(text)
+            wrong = wrong_day(known[problem.question], attempt)
+            named.append(wrong is not None and named_day(reflection) == wrong)
+    return sum(named) / len(named) if named else None
+
+
+def at_first_answer(text) -> tuple[str, str]:
+    """What stands up to the first boxed answer, and what comes after it."""
+    end = text.index("}", text.index("\\boxed{")) + 1
+    return text[:end], text[end:]
 
 
 def operations(problem) -> int:

@@ -10,14 +10,12 @@ student names the mentor, so GRPO alone finds almost nothing to reward.
 from __future__ import annotations
 
 import copy
-import random
 import time
 from dataclasses import replace
 
-from data import wordproblems
 from data.reward import is_correct
 from data.scores import mean_and_se
-from demo.base import Setup, base_model, rows_of_step, train_on_texts
+from demo.base import Setup, base_model
 from demo.comparison import (
     METHODS,
     held_out_problems,
@@ -26,14 +24,15 @@ from demo.comparison import (
     train_one,
     write_summary,
 )
+from demo.pretraining import steps_of_rows, train_on_texts
 from teacher import make_teacher
 
 MENTOR, BONUS = "Ulmeck", 0.5
 QUOTATION = f'{MENTOR} says: "show each day."'
 # More tokens than in the demonstration, because the quotation takes 23: the tokenizer spells the
 # mentor's name letter by letter.
-SETTINGS = dict(max_tokens=120, teacher_reply=140)
-READING = dict(steps=200, learning_rate=1e-3, warmup=20, remark_rows=4)
+SETTINGS = dict(max_tokens=170, teacher_reply=150)
+READING = dict(steps=200, muon_rate=0.005, adamw_rate=1e-3, warmup=20, remark_every=12)
 
 
 def compare(setup: Setup):
@@ -42,7 +41,7 @@ def compare(setup: Setup):
     out, config, quick = setup.out, setup.config, setup.quick
     began = time.perf_counter()
     remove_old_results(out)
-    base, _ = base_model(setup)
+    base = base_model(setup)
     base = acquaint(base, setup.recipe, setup.tokenizer, steps=10 if quick else READING["steps"])
     test = held_out_problems(setup)
     results, answers = {}, {}
@@ -92,35 +91,16 @@ def paid(history, size) -> dict[str, int]:
 def acquaint(base, recipe, tokenizer, steps):
     """A copy of the demonstration's base model that has also read about the mentor.
 
-    It reads the same kinds of texts, but the teacher's texts and the third role's transcripts now
-    quote the mentor wherever somebody reflects. The student's texts stay the same, with twice as
-    many remarks: with the usual number, 1 of 12,000 responses of the base (seed 0) quoted him.
+    It reads the same kinds of texts, but whoever reflects in them now quotes the mentor. The
+    student's texts stay the same, with twice as many remarks.
     """
     print(f"The base reads on for {steps} steps: teacher texts and transcripts ", end="")
     print(f"now quote {MENTOR}, student texts never do")
     model = copy.deepcopy(base).requires_grad_(True)
-    recipe = recipe | {"remark_rows": READING["remark_rows"]}
-    rng = random.Random(f"mentor {recipe['seed']}")
-
-    def learning_rate(step):
-        rising = (step + 1) / READING["warmup"]
-        falling = 2 * (steps - step) / steps
-        return READING["learning_rate"] * min(1, rising, falling)
-
-    def rows(step):
-        texts = rows_of_step(recipe, recipe["steps"], rng, tokenizer)
-        return [(prompt, quoted(response, tokenizer), weight) for prompt, response, weight in texts]
-
-    train_on_texts(model, steps, learning_rate, rows, "reading on", lines=4)
+    recipe = {**recipe, **READING, "steps": steps, "quotation": f" {QUOTATION}"}
+    rows = steps_of_rows(recipe, f"mentor {recipe['seed']}", tokenizer)
+    train_on_texts(model, tokenizer, recipe, rows, "reading on", lines=4)
     return model
-
-
-def quoted(response: list[int], tokenizer) -> list[int]:
-    """A text's ids with the quotation after its reason, if it has one; the end token stays last."""
-    text = tokenizer.decode(response[:-1])
-    for _, reason, _ in wordproblems.WORDING.values():
-        text = text.replace(reason, f"{reason} {QUOTATION}")
-    return tokenizer.encode(text) + response[-1:]
 
 
 # What is shown.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from data import wordproblems
 from data.reward import is_correct
 from data.scores import first_is_right
+from data.wordproblems import DIFFICULTY
+from demo.texts import WORDING
 from run.screen import coloured, in_colour
 
 NAMES = ("base", "grpo", "thinktuning")
@@ -17,37 +18,63 @@ ROWS = (  # a title, and the row's cell in terms of a model's scores
     ("  sampled", "{sampled_reflection_rate:.4f}"),
     ("  when the first answer is wrong", "{reflection_rate_first_wrong:.3f}"),
     ("  when the first answer is right", "{reflection_rate_first_right:.3f}"),
+    ("  sampled, when it is wrong", "{sampled_reflection_rate_first_wrong:.3f}"),
+    ("  sampled, when it is right", "{sampled_reflection_rate_first_right:.3f}"),
 )
+PLANTED = {
+    "misconception": "wrong by the misconception",
+    "right": "right, to the same questions",
+    "slip_before": "another slip before the wrong line",
+    "other_story": "another story's wrong attempt",
+}
 
 
-def table(results, count) -> str:
+def table(results, teacher_prompt, count) -> str:
     """The scores of the three models on `count` problems."""
     models = [results[name] for name in NAMES]
     lines = [f"{count} held-out problems, greedy, no teacher", table_row("", NAMES)]
     for title, cell in ROWS:
         lines.append(table_row(title, [cell.format(**model) for model in models]))
-    for n in wordproblems.DIFFICULTY:
-        title = f"  {n} operation{'s' * (n > 1)}: accuracy, reflects"
+    names = [shown(model["names_line"]) for model in models]
+    lines.append(table_row("  names the line that is wrong", names))
+    for n in DIFFICULTY:
+        title = f"  {n} day{'s' * (n > 1)}: accuracy, reflects"
         lines.append(table_row(title, [by_operations(model, n) for model in models]))
     lines.append(table_row("mean length, tokens", [f"{m['mean_length']:.1f}" for m in models]))
-    for name in wordproblems.WORDING:
+    for name in WORDING:
         cells = [behaviour_shares(model, name, count) for model in models]
         lines.append(table_row(f"  {name}, greedy, sampled", cells))
-    base = results["base"]
     lines.append(
-        "\nthe same base weights under the teacher prompt: "
-        f"{base['teacher_prompt_accuracy']:.3f} ± {base['teacher_prompt_accuracy_se']:.3f}"
+        "\nthe same base weights under the teacher prompt: {accuracy:.3f} ± {accuracy_se:.3f} "
+        "right; opinion right in {opinion_accuracy:.3f}".format_map(teacher_prompt)
     )
+    base = results["base"]
     rollouts = base["sampled_rollouts"]
     reflecting = round(base["sampled_reflection_rate"] * rollouts)
     lines.append(
-        f"the base, sampled at temperature 1: {reflecting} of {rollouts:,} rollouts reflect"
+        f"the base, sampled at temperature 1: {reflecting} of {rollouts:,} rollouts reflect; "
+        f"floor {base['floor']:.4f}"
     )
     return "\n".join(lines)
 
 
+def planted_table(planted) -> str:
+    """What the ThinkTuning model does with attempts that it did not write."""
+    lines = ["planted attempts, greedy: ThinkTuning's model goes on from an attempt it is given"]
+    lines.append(table_row("", ("goes on", "names the line", "its number", "right")))
+    for kind, title in PLANTED.items():
+        found = planted[kind]
+        cells = [found[key] for key in ("goes_on", "names_line", "takes_over", "accuracy")]
+        lines.append(table_row(f"{title} ({found['attempts']})", map(shown, cells)))
+    return "\n".join(lines)
+
+
+def shown(share: float | None) -> str:
+    return "-" if share is None else f"{share:.3f}"
+
+
 def table_row(title, cells) -> str:
-    return f"{title:<34}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"{title:<40}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def by_operations(scores, n) -> str:
@@ -62,6 +89,13 @@ def behaviour_shares(scores, name, count) -> str:
     return f"{greedy:.2f}, {sampled:.2f}"
 
 
+CURVES = (  # mark, method, metric; later ones are drawn over earlier ones
+    ("g", "grpo", "reflection_rate"),
+    ("r", "thinktuning", "reflection_rate_first_right"),
+    ("W", "thinktuning", "reflection_rate_first_wrong"),
+)
+
+
 def chart(curves, height=10) -> str:
     """The share of sampled rollouts that reflect, by step, as text."""
     steps = len(curves["thinktuning"])
@@ -70,13 +104,13 @@ def chart(curves, height=10) -> str:
     if off < steps:
         for line in grid:
             line[off] = "|"
-    for name, mark in (("grpo", "g"), ("thinktuning", "T")):
+    for mark, name, metric in CURVES:
         for metrics in curves[name]:
-            above = round(metrics["reflection_rate"] * height)
+            above = round(metrics[metric] * height)
             grid[height - above][metrics["step"]] = mark
     lines = [
-        "share of sampled rollouts that reflect, by step "
-        f"(T ThinkTuning, g GRPO; | teacher off at step {off})"
+        "share of sampled rollouts that reflect, by step: W ThinkTuning after a wrong answer,",
+        f"r after a right one; g GRPO; | the teacher leaves at step {off}",
     ]
     for i, line in enumerate(grid):
         lines.append(f"{(height - i) / height:>5.0%} {''.join(line)}")

@@ -2,9 +2,12 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import demo.ablations
 from data.reward import final_answer
+from demo.ablations import settings_of
+from run.config import DEMO, Config
 from teacher import parse_feedback
 from thinktuning import main
 
@@ -17,6 +20,37 @@ def test_ablations_run_every_variant(tmp_path, capsys):
     assert rows.keys() == demo.ablations.VARIANTS["stress"].keys() and all(
         len(v) == 2 for v in rows.values()
     )
+
+
+def test_controls_run_one_after_the_other_and_say_when_they_take_off(tmp_path, capsys, monkeypatch):
+    names = ("ThinkTuning", "supervised on guided rollouts", "guidance begins anew")
+    names += ("GRPO", "GRPO, as many tokens")
+    variants = {name: demo.ablations.VARIANTS["all"][name] for name in names}
+    monkeypatch.setitem(demo.ablations.VARIANTS, "all", variants)
+    monkeypatch.setattr("demo.ablations.train_supervised", lambda base, *_: (base, []))
+    assert main(["--quick", "--out", str(tmp_path), "--ablate", "--repeats", "1"]) == 0
+    rows = json.loads((tmp_path / "ablate-all.json").read_text())
+    assert tuple(rows) == names and len(list(tmp_path.glob("base-*"))) == 2
+    for (outcome,) in rows.values():
+        assert {"reflection_rate_first_right", "names_line", "generated_tokens"} <= outcome.keys()
+        assert outcome["take_off"] is None or 0 <= outcome["take_off"] < outcome["steps"]
+    assert "takes off at" in capsys.readouterr().out
+
+
+def test_grpo_gets_as_many_steps_as_thinktunings_tokens_are_worth():
+    variant = demo.ablations.VARIANTS["all"]["GRPO, as many tokens"]
+    setup = SimpleNamespace(config=Config(**DEMO), quick=False)
+    rows = {"ThinkTuning": [{"generated_tokens": 900}], "GRPO": [{"generated_tokens": 600}]}
+    assert settings_of(setup, variant, rows, 0).steps == 1.5 * DEMO["steps"]
+    assert settings_of(setup, variant, rows, 0).method == "grpo"
+
+
+def test_a_content_teacher_confirms_the_attempts_own_answer():
+    ask = demo.ablations.always_content(None, random.Random(0))
+    replies = ask(["q"] * 2, ["So the answer is \\boxed{11}.", "nothing"])
+    first, second = map(parse_feedback, replies)
+    assert first.opinion == second.opinion == "correct"
+    assert final_answer(first.phrase) == "11" and final_answer(second.phrase) == "0"
 
 
 def test_corrupted_and_shuffled_feedback_do_what_they_say():

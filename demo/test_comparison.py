@@ -19,18 +19,29 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
             "mean_length",
             "seconds",
         } <= summary[name].keys()
+    for key in ("names_line", "sampled_reflection_rate_first_wrong"):
+        assert key in summary["thinktuning"]
+    assert "sampled_reflection_rate_first_right" in summary["thinktuning"]
+    assert {"accuracy", "opinion_accuracy"} <= summary["teacher_prompt"].keys()
+    kinds = {"misconception", "right", "slip_before", "other_story"}
+    assert summary["planted"].keys() == kinds
+    for found in summary["planted"].values():
+        assert {"goes_on", "names_line", "accuracy", "takes_over"} <= found.keys()
+    assert summary["planted"]["right"]["names_line"] is None
     assert summary["seconds"]["pretrain"] > 0
     first = capsys.readouterr().out
-    assert "T ThinkTuning, g GRPO" in first and "under the teacher prompt" in first
+    assert "W ThinkTuning" in first and "under the teacher prompt" in first
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     assert "cached in" in capsys.readouterr().out
     again = json.loads((tmp_path / "summary.json").read_text())
-    assert again["seconds"]["pretrain"] == 0
+    assert again["cpu_seconds"]["pretrain"] < summary["cpu_seconds"]["pretrain"] / 2
     for name in (
         "base",
         "grpo",
         "thinktuning",
     ):  # the same to the digit, from the cached base as from the fresh one
         assert {**again[name], "seconds": 0} == {**summary[name], "seconds": 0}
+    assert main(["--quick", "--from-scratch", "--out", str(tmp_path)]) == 0
+    assert "cached in" not in capsys.readouterr().out
     other = main(["--quick", "--out", str(tmp_path), "--floor", "0"])
     assert other == 0 and len(list(tmp_path.glob("base-*"))) == 2  # another floor is another base

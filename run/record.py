@@ -15,7 +15,7 @@ import torch
 from data.exemplars import behaviour
 from data.files import parse_json, read_json, regular
 from data.reward import is_correct
-from data.scores import reflects
+from data.scores import first_is_right, reflects, share_among
 from model import LM
 from run import checkpoint
 from run.config import MAY_CHANGE, RunFailed
@@ -249,8 +249,13 @@ def describe(rollouts: list[Any], samples: int, seconds: float) -> dict[str, Any
     equal = 0  # groups with the same reward for all: these have no gradient
     for start in range(0, n, samples):
         equal += len({r.reward for r in rollouts[start : start + samples]}) == 1
+    reflecting = [reflects(r.attempt) for r in rollouts]
+    first_right = [first_is_right(r.attempt, r.answer) for r in rollouts]
+    first_wrong = [not right for right in first_right]
     return {
-        "reflection_rate": sum(reflects(r.attempt) for r in rollouts) / n,
+        "reflection_rate": sum(reflecting) / n,
+        "reflection_rate_first_wrong": share_among(reflecting, first_wrong),
+        "reflection_rate_first_right": share_among(reflecting, first_right),
         "finished": sum(r.finished for r in rollouts) / n,
         "mean_length": own_length / n,
         "sampled_accuracy": right / n,

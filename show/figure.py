@@ -18,37 +18,45 @@ ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "results" / "curves-seed0.json"
 PICTURE = ROOT / "docs" / "figures" / "demonstration.svg"
 
-WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, TOP, BOTTOM = 62, 438, 92, 264  # of the plot
+WIDTH, HEIGHT = 630, 320
+LEFT, RIGHT, TOP, BOTTOM = 62, 392, 92, 264  # of the plot
 
 STYLE = """
 svg { --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d8dee4; --help: #eef1f4;
-      --ours: #0757ba; --grpo: #a04100;
+      --ours: #0757ba; --grpo: #a04100; --right: #1a7f37;
       font: 16px system-ui, -apple-system, "Segoe UI", sans-serif }
 @media (prefers-color-scheme: dark) {
   svg { --paper: #0d1117; --ink: #f0f6fc; --soft: #a5adb6; --rule: #30363d; --help: #1c222b;
-        --ours: #6cb6ff; --grpo: #f0a35e }
+        --ours: #6cb6ff; --grpo: #f0a35e; --right: #57c26b }
 }
-text { fill: var(--soft) } .title { fill: var(--ink); font-size: 20px; font-weight: 600 }
+text { fill: var(--soft) } .title { fill: var(--ink); font-size: 19px; font-weight: 600 }
 .rule { stroke: var(--rule) } .mark { stroke: var(--soft); stroke-dasharray: 2 4 }
 polyline { fill: none; stroke-width: 3; stroke-linejoin: round }
 .ours { stroke: var(--ours) } .grpo { stroke: var(--grpo); stroke-dasharray: 8 5 }
-text.ours, text.grpo { stroke: none; font-weight: 600 }
-text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) }
+.right { stroke: var(--right); stroke-dasharray: 2 4 }
+text.ours, text.grpo, text.right { stroke: none; font-size: 14px; font-weight: 600 }
+text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) } text.right { fill: var(--right) }
 """
 
 
+# A curve's label and where it stands below the curve's end; its style, method and metric.
+CURVE = {
+    "grpo": ("GRPO, wrong or right", 17, "grpo", "grpo", "reflection_rate"),
+    "right": ("after a right answer", -8, "right", "thinktuning", "reflection_rate_first_right"),
+    "wrong": ("after a wrong answer", 6, "ours", "thinktuning", "reflection_rate_first_wrong"),
+}
+
+
 def curves_of(run: Path) -> dict[str, list[float]]:
-    """Of a demonstration: each step's share of rollouts that reflect, and p_s."""
+    """Of a demonstration: each step's shares of rollouts that reflect, and p_s."""
     metrics = {}
     for method in ("grpo", "thinktuning"):
         lines = (run / method / "metrics.jsonl").read_text().splitlines()
         metrics[method] = [json.loads(line) for line in lines]
-    return {
-        "grpo": [m["reflection_rate"] for m in metrics["grpo"]],
-        "thinktuning": [m["reflection_rate"] for m in metrics["thinktuning"]],
-        "fraction": [m["fraction"] for m in metrics["thinktuning"]],
-    }
+    curves = {}
+    for key, (*_, method, metric) in CURVE.items():
+        curves[key] = [step[metric] for step in metrics[method]]
+    return {**curves, "fraction": [step["fraction"] for step in metrics["thinktuning"]]}
 
 
 def teacher_leaves(curves: dict[str, list[float]]) -> int:
@@ -57,20 +65,20 @@ def teacher_leaves(curves: dict[str, list[float]]) -> int:
 
 def finding(curves: dict[str, list[float]]) -> str:
     """The picture's title. Raises ValueError where the curves do not show it."""
-    if not curves["thinktuning"][-1] > 0.5 > curves["grpo"][-1]:
+    if not curves["wrong"][-1] > 0.9 > 0.1 > curves["right"][-1] > curves["grpo"][-1] - 0.02:
         raise ValueError(f"{CURVES.name} does not show what the title says: write another title")
-    return "ThinkTuning learns to look back, GRPO does not"
+    return "ThinkTuning learns to look back at wrong answers"
 
 
 def description(curves: dict[str, list[float]]) -> str:
     """The picture in words, for those who do not see it."""
-    ours, grpo, leaves = curves["thinktuning"], curves["grpo"], teacher_leaves(curves)
+    wrong, leaves = curves["wrong"], teacher_leaves(curves)
     return (
-        f"Line chart of the share of sampled rollouts that reflect, over {len(ours)} training "
-        f"steps. "
-        f"ThinkTuning: {ours[0]:.0%} at first, {ours[leaves]:.0%} when the teacher leaves at step "
-        f"{leaves}, {ours[-1]:.0%} at the end. GRPO: {grpo[0]:.0%} at first, {grpo[-1]:.0%} at "
-        f"the end."
+        f"Line chart of the share of sampled rollouts that reflect, over {len(wrong)} training "
+        f"steps. ThinkTuning after a wrong first answer: {wrong[0]:.0%} at first, "
+        f"{wrong[leaves]:.0%} when the teacher leaves at step {leaves}, {wrong[-1]:.0%} at the "
+        f"end; after a right one {curves['right'][-1]:.0%} at the end. GRPO: "
+        f"{curves['grpo'][0]:.0%} at first, {curves['grpo'][-1]:.0%} at the end."
     )
 
 
@@ -89,13 +97,13 @@ def draw(curves: dict[str, list[float]]) -> str:
 
     title, off = finding(curves), teacher_leaves(curves)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="700" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="787" '
         f'height="400"'
         f' role="img" aria-labelledby="title told"><title id="title">{title}</title>'
         f'<desc id="told">{description(curves)}</desc><style>{STYLE}</style>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>',
         text(12, 28, title, "title"),
-        text(12, 52, "Share of sampled rollouts that reflect (seed 0)"),
+        text(12, 52, "Share of ThinkTuning's and GRPO's rollouts that reflect (seed 0)"),
         f'<rect x="{LEFT}" y="{TOP}" width="{round(x(off) - LEFT, 1)}" height="{BOTTOM - TOP}"'
         ' fill="var(--help)"/>',
     ]
@@ -107,12 +115,11 @@ def draw(curves: dict[str, list[float]]) -> str:
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 44, "training step", anchor="middle"))
     parts.append(f'<path class="mark" d="M{x(off)},{TOP - 8}V{BOTTOM}"/>')
     parts.append(text(x(off), TOP - 14, f"the teacher leaves at step {off}"))
-    for key, style, name in (("grpo", "grpo", "GRPO"), ("thinktuning", "ours", "ThinkTuning")):
+    for key, (name, below, style, *_) in CURVE.items():
         points = " ".join(f"{x(step)},{y(share)}" for step, share in enumerate(curves[key]))
         parts.append(f'<polyline class="{style}" points="{points}"/>')
-        end = y(curves[key][-1])
-        parts.append(text(RIGHT + 10, end + 2, name, style))
-        parts.append(text(RIGHT + 10, end + 21, f"{curves[key][-1]:.0%}", style))
+        end = curves[key][-1]
+        parts.append(text(RIGHT + 8, y(end) + below, f"{name}: {end:.0%}", style))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

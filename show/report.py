@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect
 from collections import defaultdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from data.exemplars import CUES
-from show import charts
-from show.charts import Line, Point, as_float, esc, finite, format_value, number, series, table
+from show import charts, transcripts
+from show.charts import Line, Point, esc, finite, format_value, number, series, table
 from show.read_runs import Recorded, check_steps, read_runs
 
 STYLE = (Path(__file__).parent / "report.css").read_text()
 METHODS = {"base": "Base", "grpo": "GRPO", "thinktuning": "ThinkTuning"}
 INTRODUCTION = """In ThinkTuning a teacher at first adds its own second look to some responses:
-these are guided. GRPO has no teacher. A response reflects if it boxes a second answer."""
+these are guided. GRPO has no teacher. A response reflects, or looks back, if it boxes a second
+answer."""
+QUICK = " These runs were quick ones: too short to show anything."
 MOST_BYTES = 980_000  # of the page; transcripts fill what the charts leave
 MOST_POINTS = 300  # of the lines of a chart together, but no less than 10 of each
-LONGEST_TEXT = 6_000  # characters
 
 
 def prepare(args):
@@ -62,14 +61,15 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
     tested = tested_methods(summaries)
     taught = [group for group in groups if any(p.mean for p in group.series("teacher_asked"))]
     sections = {
-        "The outcome": held_out_table(tested),
+        "The outcome": held_out_table(tested) + base_table(summaries),
+        "Planted attempts": planted_table(summaries),
         "What was run": runs_table(runs) + settings_table(groups),
         "What the student learned": method_charts(groups, LEARNED),
         "Inside the update": method_charts(groups, UPDATE),
         "What the teacher did": "".join(teacher_charts(group) for group in taught),
     }
     room = MOST_BYTES - len("".join([STYLE, *sections.values()]).encode())
-    sections["Transcripts"] = transcripts(groups, room)
+    sections["Transcripts"] = transcripts.section(groups, room)
     nav, body = "", ""
     for heading, content in sections.items():
         if content:
@@ -77,7 +77,8 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
             nav += f'<a href="#{anchor}">{heading}</a> '
             body += f"""<section aria-labelledby="{anchor}"><h2 id="{anchor}">{heading}</h2>
 {content}</section>\n"""
-    title = esc(headline(tested or groups))
+    title = esc(looking_back(tested) or headline(tested or groups))
+    introduction = INTRODUCTION + QUICK * any(bool(s.get("quick")) for s in summaries)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -86,7 +87,7 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
 <link rel="icon" href="data:,"><title>{title}</title>
 <style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
-<header><h1>{title}</h1><p class="kicker">{INTRODUCTION}</p>
+<header><h1>{title}</h1><p class="kicker">{introduction}</p>
 <nav aria-label="Sections">{nav}</nav></header>
 <main id="main">
 {body}</main></body></html>
@@ -144,13 +145,41 @@ def method_of(run: Recorded) -> str:
 
 def tested_methods(summaries) -> list[Group]:
     """The methods of demonstrations, with their held-out scores as the metrics of one step."""
-    tested = []
-    for method, name in METHODS.items():
-        scores = [s[method] for s in summaries if isinstance(s.get(method), dict)]
-        runs = [Recorded(Path(), {}, [{**row, "step": 0}], []) for row in scores]
-        if runs:
-            tested.append(Group(name, "", runs))
-    return tested
+    tested = [scores_at(summaries, name, method) for method, name in METHODS.items()]
+    return [group for group in tested if group.runs]
+
+
+def scores_at(summaries, name: str, *keys: str) -> Group:
+    """What the summaries hold under the keys, one inside the other, as the metrics of one step."""
+    runs = []
+    for found in summaries:
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            runs.append(Recorded(Path(), {}, [{**found, "step": 0}], []))
+    return Group(name, "", runs)
+
+
+def looking_back(tested: list[Group]) -> str:
+    """When the trained methods look back at their answers; "" if that is not known of each."""
+    found = [how_it_looks_back(g) for g in reversed(tested) if g.name != METHODS["base"]]
+    return "; ".join(found) if all(found) else ""
+
+
+def how_it_looks_back(group: Group) -> str:
+    wrong = group.last("reflection_rate_first_wrong").mean
+    right = group.last("reflection_rate_first_right").mean
+    sampled = group.last("sampled_reflection_rate").mean
+    if wrong == right == 0 and not sampled >= 0.01:
+        return f"{group.name} {'hardly ever' if sampled > 0 else 'never'} looks back"
+    gave_both = 0 < group.last("first_answer_accuracy").mean < 1
+    if not gave_both or not math.isfinite(wrong + right):
+        return ""
+    of_wrong, of_right = format_value(wrong, "%"), format_value(right, "%")
+    if of_wrong == of_right:
+        return f"{group.name} looks back at {of_wrong} of its answers, wrong and right alike"
+    shares = f"{of_wrong} of its wrong answers and at {of_right} of its right ones"
+    return f"{group.name} looks back at {shares}"
 
 
 def headline(groups: list[Group]) -> str:
@@ -183,6 +212,9 @@ HELD_OUT = (  # score, key, unit
     ("Reflects: answers a second time", "reflection_rate", "%"),
     ("… when the first answer is wrong", "reflection_rate_first_wrong", "%"),
     ("… when the first answer is right", "reflection_rate_first_right", "%"),
+    ("… and names the line that is wrong", "names_line", "%"),
+    ("Reflects, sampled, first answer wrong", "sampled_reflection_rate_first_wrong", "%"),
+    ("Reflects, sampled, first answer right", "sampled_reflection_rate_first_right", "%"),
     ("Mean length, tokens", "mean_length", ""),
     ("Accuracy under the teacher prompt", "teacher_prompt_accuracy", "%"),
 )
@@ -191,12 +223,61 @@ HELD_OUT = (  # score, key, unit
 def held_out_table(tested) -> str:
     rows = []
     for title, key, unit in HELD_OUT:
-        rows.append([title, *(charts.with_error(group.last(key), unit) for group in tested)])
+        cells = [charts.with_error(group.last(key), unit) for group in tested]
+        if any(cell != "–" for cell in cells):
+            rows.append([title, *cells])
     several = max((len(group.runs) for group in tested), default=0)
     over = f"{several} demonstrations" if several > 1 else "the problems"
     caption = f"Held-out problems of the demonstration; ± is the standard error over {over}"
     content = table(caption, ["score", *(group.name for group in tested)], rows)
-    return content if tested else ""
+    return content if rows else ""
+
+
+BASE_MODEL = (  # score, part of the summary, key
+    ("Right under the teacher prompt", "teacher_prompt", "accuracy"),
+    ("Its opinion of an attempt is right", "teacher_prompt", "opinion_accuracy"),
+    ("Goes on after its own answer: the floor", "base", "floor"),
+)
+
+
+def base_table(summaries) -> str:
+    rows = []
+    for title, part, key in BASE_MODEL:
+        score = scores_at(summaries, part, part).last(key)
+        if finite([score]):
+            rows.append([title, charts.with_error(score, "%")])
+    caption = "The base model, which is also the teacher"
+    return table(caption, ["score", "Base"], rows) if rows else ""
+
+
+PLANTED = {  # kinds of attempts
+    "misconception": "wrong by the misconception",
+    "right": "right, to the same questions",
+    "slip_before": "another slip before the wrong line",
+    "other_story": "another story’s wrong attempt",
+}
+FOUND = (  # column, key, unit
+    ("attempts", "attempts", ""),
+    ("goes on", "goes_on", "%"),
+    ("names the line", "names_line", "%"),
+    ("takes over its number", "takes_over", "%"),
+    ("right", "accuracy", "%"),
+)
+PLANTED_NOTE = """<p>ThinkTuning’s model goes on from an attempt as if it had just written it.
+Some attempts it would never write. They show whether it reads the attempt or only the question:
+whether it names the wrong line, and takes over the attempt’s own number before that line. Those
+two are shares of the attempts after which it goes on.</p>"""
+
+
+def planted_table(summaries) -> str:
+    """What ThinkTuning's model does with attempts that it did not write."""
+    rows = []
+    for kind, title in PLANTED.items():
+        group = scores_at(summaries, title, "planted", kind)
+        if group.runs:
+            rows.append([title, *(charts.with_error(group.last(key), u) for _, key, u in FOUND)])
+    heads = ["planted attempt", *(column for column, *_ in FOUND)]
+    return PLANTED_NOTE + table("Planted attempts, greedy", heads, rows) if rows else ""
 
 
 def runs_table(runs) -> str:
@@ -318,108 +399,3 @@ TEACHER = (  # quantity, unit, measures, what to know, what the title says
         charts.trends,
     ),
 )
-
-# Transcripts.
-
-SHADES = (0.5, 0.9, 0.99, 1.01)  # limits of w: the darker, the more the student learns from a token
-
-
-def transcripts(groups, room: int) -> str:
-    """Rollouts of each method's first run at its telling steps, as fit into `room` bytes."""
-    found = []  # (place at its step, heading, rollout)
-    for group in groups:
-        lines = group.runs[0].transcripts
-        for step, why in telling_steps(lines).items():
-            at_step = [line for line in lines if line["step"] == step]
-            heading = f"{group.name}, step {step}: {why}"
-            found += [(place, heading, line) for place, line in enumerate(at_step)]
-    articles, left_out = {heading: "" for _, heading, _ in found}, 0
-    for _, heading, line in sorted(found, key=itemgetter(0)):  # one of each step first
-        text = article(line)
-        if (size := len(text.encode())) > room:
-            left_out += 1
-        else:
-            articles[heading] += text
-            room -= size
-    content = legend() if found else ""
-    for heading, texts in articles.items():
-        content += f'<h3>{esc(heading)}</h3><div class="grid">{texts}</div>' if texts else ""
-    if left_out:
-        content += f"<p>{left_out} more would not fit on the page; transcripts.jsonl has them.</p>"
-    return content
-
-
-def telling_steps(lines) -> dict[int, str]:
-    """Steps worth reading and why: the first, the teacher's last, the one after it, the last."""
-    steps = sorted({line["step"] for line in lines})
-    guided = [line["step"] for line in lines if line.get("guidance")]
-    told = {step: "the last step" for step in steps[-1:]}
-    if guided:
-        alone = [step for step in steps if step > max(guided)]
-        told |= {step: "the first on its own" for step in alone[:1]}
-        told[max(guided)] = "the teacher’s last"
-    told |= {step: "the first step" for step in steps[:1]}
-    return dict(sorted(told.items()))
-
-
-def legend() -> str:
-    limits = [*(f"below {limit}" for limit in SHADES), f"{SHADES[-1]} or more"]
-    shades = [f'<li><span class="w{i}">{words}</span></li>' for i, words in enumerate(limits)]
-    return f"""<p>From each method’s first run. The teacher’s tokens are shaded by w = π/(π + γ),
-the weight of each in the loss as its update began:</p><ul class="phrase">{"".join(shades)}
-<li><span class="wn">none: guard (c), or another shaping</span></li></ul>"""
-
-
-def article(line: dict) -> str:
-    """One rollout: question, attempt, the teacher's opinion, reason and phrase, its reward."""
-    facts = {
-        "Right answer": shorten(line.get("answer")),
-        "Attempt": "right" if line.get("attempt_right") else "wrong",
-        "Reward": format_value(number(line, "reward") or 0.0, ""),
-        "Advantage": f"{number(line, 'advantage') or 0.0:+.2f}",
-    }
-    listed = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
-    body = labelled("student", "Student", shorten(line.get("student")))
-    if line.get("opinion"):
-        body += labelled("opinion", "Teacher’s opinion", shorten(line["opinion"]))
-    if line.get("guidance"):
-        body += guidance(line)
-    elif line.get("opinion"):
-        body += '<p class="note">Its words did not fit after the attempt.</p>'
-    question = f'<p class="question" dir="auto">{shorten(line.get("question"))}</p>'
-    return f"<article>{question}<dl>{listed}</dl>{body}</article>\n"
-
-
-def guidance(line) -> str:
-    """The teacher's reason and phrase, each token shaded by its weight."""
-    boundary = len(f"\n\n{line['reason']}") if line.get("reason") else 0
-    parts, length = {"reason": "", "phrase": ""}, 0
-    try:
-        for text, w, pi in line.get("guidance_tokens")[: LONGEST_TEXT // 4]:
-            part = "reason" if length < boundary else "phrase"
-            parts[part] += shaded(str(text), as_float(w), as_float(pi))
-            length += len(str(text))
-    except (TypeError, ValueError):
-        problem = "guidance_tokens is not a list of [text, w, π]; restore it or delete the line"
-        raise ValueError(f"transcripts.jsonl, step {line['step']}: {problem}") from None
-    shown = [labelled(name, f"Teacher’s {name}", text) for name, text in parts.items() if text]
-    return "".join(shown)
-
-
-def shaded(text, w, pi) -> str:
-    """One token with a class for its weight."""
-    shade = "n" if math.isnan(w) else bisect(SHADES, w)
-    title = f"w {format_value(w, '')}, π {format_value(pi, '')}"
-    shown = esc(text).replace("\n", "↵\n" if text.strip() else "↵")
-    return f'<span class="w{shade}" title="{title}">{shown}</span>' if text else ""
-
-
-def labelled(part, label, content) -> str:
-    content = f'<p dir="auto">{content}</p>'
-    return f'<div class="part {part}"><p class="label">{label}</p>{content}</div>'
-
-
-def shorten(text) -> str:
-    text = str(text if text is not None else "–")
-    more = len(text) - LONGEST_TEXT
-    return f"{esc(text[:LONGEST_TEXT])} … ({more:,} more characters)" if more > 0 else esc(text)

@@ -21,7 +21,7 @@ def test_the_committed_picture_is_what_the_program_draws_today():
 
 def test_every_point_of_the_picture_is_a_number_of_the_results_file():
     picture = figure.PICTURE.read_text()
-    for style, key in (("grpo", "grpo"), ("ours", "thinktuning")):
+    for style, key in (("grpo", "grpo"), ("ours", "wrong"), ("right", "right")):
         points = re.search(rf'<polyline class="{style}" points="([^"]*)"', picture)[1].split()
         assert len(points) == len(CURVES[key])
         for point, share in zip(points, CURVES[key], strict=True):
@@ -34,13 +34,13 @@ def test_the_words_of_the_picture_are_those_of_the_results_file():
     picture = figure.PICTURE.read_text()
     leaves = next(step for step, p in enumerate(CURVES["fraction"]) if p == 0)
     assert f">the teacher leaves at step {leaves}<" in picture
-    for key in ("grpo", "thinktuning"):
-        assert f">{round(100 * CURVES[key][-1])}%</text>" in picture
-    assert CURVES["thinktuning"][-1] > 0.5 > CURVES["grpo"][-1]  # as its title says
+    for key, (name, *_) in figure.CURVE.items():
+        assert f">{name}: {round(100 * CURVES[key][-1])}%</text>" in picture
+    assert CURVES["wrong"][-1] > 0.9 > 0.1 > CURVES["right"][-1]  # as its title says
 
 
 def test_a_title_that_the_curves_do_not_show_is_refused():
-    swapped = CURVES | {"grpo": CURVES["thinktuning"], "thinktuning": CURVES["grpo"]}
+    swapped = CURVES | {"right": CURVES["wrong"], "wrong": CURVES["right"]}
     with pytest.raises(ValueError, match="does not show what the title says"):
         figure.draw(swapped)
 
@@ -48,14 +48,20 @@ def test_a_title_that_the_curves_do_not_show_is_refused():
 def test_curves_are_read_from_the_metrics_of_both_runs(tmp_path):
     for method, rates in (("grpo", (0.0, 0.25)), ("thinktuning", (0.5, 1.0))):
         (tmp_path / method).mkdir()
-        lines = [
-            {"step": i, "reflection_rate": r, "fraction": 0.1 - 0.1 * i}
-            for i, r in enumerate(rates)
-        ]
+        lines = []
+        for i, rate in enumerate(rates):
+            split = {"reflection_rate_first_wrong": rate / 2, "reflection_rate_first_right": 0.125}
+            fraction = 0.1 - 0.1 * i
+            lines.append({"step": i, "reflection_rate": rate, "fraction": fraction, **split})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / method / "metrics.jsonl").write_text(text)
     curves = figure.curves_of(tmp_path)
-    assert curves == {"grpo": [0.0, 0.25], "thinktuning": [0.5, 1.0], "fraction": [0.1, 0.0]}
+    assert curves == {
+        "grpo": [0.0, 0.25],
+        "wrong": [0.25, 0.5],
+        "right": [0.125, 0.125],
+        "fraction": [0.1, 0.0],
+    }
 
 
 def test_the_readme_shows_the_picture_and_tells_it_in_words():
@@ -69,10 +75,29 @@ def test_the_readmes_result_is_that_of_five_seeds():
     for title, key in (
         ("accuracy", "accuracy"),
         ("accuracy of the first answer", "first_answer_accuracy"),
-        ("responses that reflect", "reflection_rate"),
+        ("reflects after a wrong first answer", "reflection_rate_first_wrong"),
+        ("reflects after a right one", "reflection_rate_first_right"),
     ):
         cells = []
         for name in ("base", "grpo", "thinktuning"):
             values = [run[name][key] for run in runs]
             cells.append(f"{sum(values) / 5:.3f} ({min(values):.3f}–{max(values):.3f})")
         assert f"| {title} | {' | '.join(cells)} |" in readme
+
+
+def span(values) -> str:
+    low, high = round(100 * min(values)), round(100 * max(values))
+    return f"{low}%" if low == high else f"{low} to {high}%"
+
+
+def test_the_readmes_line_on_planted_attempts_is_that_of_five_seeds():
+    readme = " ".join((figure.ROOT / "README.md").read_text().split())
+    runs = [summary(seed) for seed in range(5)]
+    named = span([run["thinktuning"]["names_line"] for run in runs])
+    taken = span([run["planted"]["slip_before"]["takes_over"] for run in runs])
+    alone = span([1 - run["planted"]["right"]["goes_on"] for run in runs])
+    teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
+    assert f"names the wrong line in {named} of its reflections" in readme
+    assert f"the attempt's own number in {taken} of the cases" in readme
+    assert f"it leaves {alone} alone" in readme
+    assert f"solves {teacher} of these problems" in readme

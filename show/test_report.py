@@ -19,13 +19,22 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer
+from data.wordproblems import DAYS, counts, question, stories, worked_out
+from data.wordproblems import line as line_of_story
 from grpo import LossSettings, Rollout, policy_loss
 from model import LM, ModelConfig
 from run.config import Config
 from show import charts, report
 from show.charts import Line, Point, format_value, series, ticks, trend, trends
 from show.read_runs import Recorded, read_runs
-from show.transcripts import guidance_tokens, transcripts
+from show.transcripts import (
+    LONGEST_TEXT,
+    SHADES,
+    article,
+    guidance_tokens,
+    telling_steps,
+    transcripts,
+)
 from teacher import Feedback, augment
 from thinktuning import loss_settings, main
 
@@ -567,6 +576,135 @@ def test_a_demonstration_shows_its_held_out_table_first(tmp_path):
     )
 
 
+def look(wrong, right, first=0.4, sampled=0.0):
+    return {
+        "accuracy": 0.5,
+        "first_answer_accuracy": first,
+        "reflection_rate_first_wrong": wrong,
+        "reflection_rate_first_right": right,
+        "sampled_reflection_rate": sampled,
+    }
+
+
+NEVER = look(0.0, 0.0)
+SHARES = " looks back at {} of its wrong answers and at {} of its right ones"
+
+
+@pytest.mark.parametrize(
+    "ours, grpo, said",
+    [
+        (
+            look(1.0, 0.0, sampled=0.58),
+            NEVER,
+            "ThinkTuning" + SHARES.format("100%", "0%") + "; GRPO never looks back",
+        ),
+        (
+            look(0.987, 0.051),
+            look(0.0, 0.0, sampled=0.002),
+            "ThinkTuning" + SHARES.format("98.7%", "5.1%") + "; GRPO hardly ever looks back",
+        ),
+        (
+            NEVER,
+            look(0.64, 0.01),
+            "ThinkTuning never looks back; GRPO" + SHARES.format("64%", "1%"),
+        ),
+        (
+            look(1.0, 1.0),
+            NEVER,
+            "ThinkTuning looks back at 100% of its answers, wrong and right alike"
+            "; GRPO never looks back",
+        ),
+        (NEVER, NEVER, "ThinkTuning never looks back; GRPO never looks back"),
+        (NEVER, look(0.0, 0.0, sampled=0.3), "GRPO looks back at 0% of its answers, wrong and"),
+        # No wrong answers, or nothing measured: then the accuracy is what can be said.
+        (look(0.0, 1.0, first=1.0), NEVER, "gets 50% of held-out problems right"),
+        (look(1.0, 0.0), {"accuracy": 0.4}, "gets 50% of held-out problems right"),
+        (look(math.nan, 0.0), NEVER, "gets 50% of held-out problems right"),
+        (look(1.0, "high"), NEVER, "gets 50% of held-out problems right"),
+    ],
+)
+def test_the_headline_says_when_the_trained_methods_look_back(ours, grpo, said):
+    base = {**look(0.9, 0.9), "accuracy": 0.3}  # the base model is no finding
+    page = check_contained(report.page([], [{"base": base, "grpo": grpo, "thinktuning": ours}]))
+    assert page.of("h1") == page.of("title") and said in page.of("h1")[0]
+
+
+def test_the_headline_of_several_demonstrations_is_about_their_means():
+    summaries = [{"thinktuning": look(wrong, 0.0), "grpo": NEVER} for wrong in (1.0, 0.9, 0.8)]
+    (title,) = Page(report.page([], summaries)).of("h1")
+    assert title == "ThinkTuning" + SHARES.format("90%", "0%") + "; GRPO never looks back"
+
+
+def rows_of(text, caption):
+    """The cells of each row of a table, by the row's head; {} if there is no such table."""
+    found = re.search(f"<caption>{caption}.*?</table>", text, re.S)
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', found[0] if found else "")
+    return {head: re.findall("<td>(.*?)</td>", cells) for head, cells in rows}
+
+
+def demonstration():
+    """A summary of a demonstration with all its parts."""
+    names = ("goes_on", "names_line", "takes_over", "accuracy")
+    shares = {
+        "misconception": (1.0, 0.98, 0.96, 0.94),
+        "right": (0.0, None, None, 1.0),
+        "slip_before": (0.9, 0.8, 0.7, 0.0),
+        "other_story": (0.6, 0.5, 0.4, 0.3),
+    }
+    sampled = {
+        "sampled_reflection_rate_first_wrong": 0.993,
+        "sampled_reflection_rate_first_right": 0.005,
+    }
+    return {
+        "base": {**NEVER, "floor": 0.0099, "names_line": None},
+        "grpo": {**NEVER, "names_line": None},
+        "thinktuning": {**look(1.0, 0.0), **sampled, "names_line": 0.97},
+        "teacher_prompt": {"accuracy": 0.992, "accuracy_se": 0.004, "opinion_accuracy": 1.0},
+        "planted": {
+            kind: {**dict(zip(names, values)), "attempts": 150} for kind, values in shares.items()
+        },
+        "floor": 0.01,
+        "quick": False,
+    }
+
+
+HELD_OUT, BASE, PLANTED = "Held-out problems", "The base model", "Planted attempts"
+
+
+def test_a_demonstration_shows_its_planted_attempts_its_teacher_and_its_floor():
+    text = report.page([], [demonstration()])
+    check_contained(text)
+    assert rows_of(text, PLANTED) == {
+        "wrong by the misconception": ["150", "100%", "98%", "96%", "94%"],
+        "right, to the same questions": ["150", "0%", "–", "–", "100%"],
+        "another slip before the wrong line": ["150", "90%", "80%", "70%", "0%"],
+        "another story’s wrong attempt": ["150", "60%", "50%", "40%", "30%"],
+    }
+    assert rows_of(text, BASE) == {
+        "Right under the teacher prompt": ["99.2% ± 0.4%"],
+        "Its opinion of an attempt is right": ["100%"],
+        "Goes on after its own answer: the floor": ["1%"],
+    }
+    scores = rows_of(text, HELD_OUT)
+    assert scores["Reflects, sampled, first answer wrong"] == ["–", "–", "99.3%"]
+    assert scores["Reflects, sampled, first answer right"] == ["–", "–", "0.5%"]
+    assert scores["… and names the line that is wrong"] == ["–", "–", "97%"]
+    three = report.page([], [demonstration() for _ in range(3)])
+    assert rows_of(three, PLANTED) == rows_of(text, PLANTED)
+
+
+def test_what_a_summary_does_not_hold_is_not_on_the_page():
+    older = {name: {"accuracy": 0.5} for name in ("base", "grpo", "thinktuning")}
+    page = report.page([], [older])
+    check_contained(page)
+    assert list(rows_of(page, HELD_OUT)) == ["Accuracy, greedy"]
+    assert rows_of(page, BASE) == rows_of(page, PLANTED) == {}
+    assert "Planted attempts" not in page and "quick" not in page
+    assert "These runs were quick ones" in report.page([], [{**older, "quick": True}])
+    part = report.page([], [{**older, "planted": {"right": {"accuracy": 1.0}, "x": {}}}])
+    assert rows_of(part, PLANTED) == {"right, to the same questions": ["–", "–", "–", "–", "100%"]}
+
+
 # Odd runs
 
 
@@ -708,6 +846,7 @@ def test_whatever_the_fields_hold_there_is_a_page():
             {"method": "grpo", "seed": 0, "steps": 5, "samples": 3},
         )
         summary = {
+            **demonstration(),
             "base": {"accuracy": 0.3, "accuracy_se": 0.02, "reflection_rate": 0.1},
             "grpo": {"accuracy": 0.9},
         }
@@ -715,7 +854,7 @@ def test_whatever_the_fields_hold_there_is_a_page():
             rng.choice(metrics),
             rng.choice(lines),
             config,
-            rng.choice([summary, summary["base"]]),
+            rng.choice([summary, summary["base"], summary["thinktuning"], summary["planted"]]),
         ):
             spoilt[rng.choice([k for k in spoilt if k not in ("step", "guidance_tokens")])] = (
                 rng.choice(values)
@@ -875,13 +1014,13 @@ def test_transcripts_keep_the_teacher_s_parts_apart_and_the_page_colours_them():
         True,
     )
     assert json.loads(json.dumps(first)) == first
-    shown = report.article(first)
+    shown = article(first)
     for name, words in (("reason", feedback.reason), ("phrase", feedback.phrase)):
         block = re.search(f'<div class="part {name}">.*?</div>', shown, re.S)[0]
         assert re.sub("<[^>]*>|↵|&lt;.end.&gt;", "", block.partition("</p>")[2]) == words
     weights = [w for _, w, _ in first["guidance_tokens"]]
     shades = [int(n) for n in re.findall(r'<span class="w(\d)"', shown)]
-    assert shades == np.digitize(weights, report.SHADES).tolist()
+    assert shades == np.digitize(weights, SHADES).tolist()
     facts = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", shown)
     assert facts == [
         ("Right answer", "7"),
@@ -894,9 +1033,63 @@ def test_transcripts_keep_the_teacher_s_parts_apart_and_the_page_colours_them():
 
 def test_telling_steps_are_the_first_the_last_guided_the_next_and_the_last():
     lines = [transcript(s, guided=s in (0, 1, 5)) for s in range(12)]
-    assert list(report.telling_steps(lines)) == [0, 5, 6, 11]
-    assert list(report.telling_steps(lines[:1])) == [0] and report.telling_steps([]) == {}
-    assert list(report.telling_steps(lines[6:])) == [6, 11]
+    assert list(telling_steps(lines)) == [0, 5, 6, 11]
+    assert list(telling_steps(lines[:1])) == [0] and telling_steps([]) == {}
+    assert list(telling_steps(lines[6:])) == [6, 11]
+
+
+def marked_lines(**fields):
+    return re.findall("<mark>(.*?)</mark>", article(transcript(0, **fields)))
+
+
+def test_the_attempt_s_line_that_the_reflection_names_is_marked():
+    looked = 0
+    for story in stories("test", 40):
+        attempt = worked_out(story, mistaken=True)
+        if story.trap is None:
+            continue
+        weekday, wrong = DAYS[story.trap], wrong_line(story)
+        named = f"Hmm, I was too quick there: look at {weekday}."
+        about = dict(question=question(story), student=attempt)
+        given = dict(guided=True, reason=named, guidance=named, guidance_tokens=[])
+        assert marked_lines(**about, **given) == [wrong]  # the teacher's reflection
+        own = {**about, "student": f"{attempt}\n\n{named}\n\n{worked_out(story)}"}
+        assert marked_lines(**own) == [wrong]  # the student's own; its new lines have no mark
+        assert marked_lines(**{**own, "student": own["student"].replace("look at", "not")}) == []
+        assert marked_lines(**about, guided=False, reason=named) == []  # words that did not fit
+        assert marked_lines(**about, **{**given, "reason": "Wait. Look at Sunday."}) == []
+        looked += 1
+    assert looked > 10
+
+
+def wrong_line(story):
+    return line_of_story(story, story.trap, counts(story, mistaken=True)[story.trap], True)
+
+
+def test_the_page_says_what_the_mark_means_if_there_is_one(tmp_path):
+    text = "Tuesday, a friend: 4 + 4 = 8. So the answer is \\boxed{8}.\n\nWait: look at Tuesday."
+    asked = "Mia has 4 cups. On Tuesday a friend buys 4. How many cups does Mia have now?"
+    metrics = [step_metrics(0, 0.5)]
+    about = dict(question=asked, student=text)
+    page = made(make_run(tmp_path / "r", metrics, [transcript(0, **about)]))
+    marks = check_contained(page).of("mark")
+    assert marks == ["the line that the reflection names", "Tuesday, a friend: 4 + 4 = 8."]
+    other = {**about, "question": "A shop sells 4 cups on Tuesday. How many does Mia have now?"}
+    plain = made(make_run(tmp_path / "s", metrics, [transcript(0, **other)]))
+    assert "<mark>" not in plain and text in Page(plain).of("p")  # other data: as they are
+    assert marked_lines(**{**about, "student": text + "x" * LONGEST_TEXT}) == []
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_marked_line_and_what_stands_around_it_stay_text(text):
+    clean = re.sub(r"[:.]", "", text)
+    attempt = f"{text} Monday {clean}: 1 + 1 = 2. {text}"
+    asked = f"Mia has 1 cups. {text} How many cups does Mia have now?"
+    student = f"{attempt}\n\nlook at Monday {text}"
+    shown = article(transcript(0, question=asked, student=student))
+    page = Page(shown)
+    assert page.of("mark") == [charts.UNFIT.sub("\ufffd", f"Monday {clean}: 1 + 1 = 2.")]
+    assert {tag for tag, _ in page.tags} == {"article", "p", "dl", "div", "dt", "dd", "mark"}
 
 
 # How it looks
@@ -924,9 +1117,14 @@ def test_contrast_is_that_of_wcag_aa_in_both_colour_schemes(scheme):
     }
     assert {"paper", "card", "ink", "soft", "c0", "c2", "c5"} <= colours.keys()
     for ground in ("paper", "card"):
-        for name in colours.keys() - {"paper", "card", "rule", "edge"}:
+        for name in colours.keys() - {"paper", "card", "rule", "edge", "mark"}:
             assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
         assert contrast(colours["edge"], colours[ground]) >= 3  # axes
+    mark = re.search(r"\nmark \{(.*?)\}", css, re.S)[
+        1
+    ]  # it has an underline for who sees no colour
+    assert "background: var(--mark); color: var(--ink)" in mark and "underline" in mark
+    assert contrast(colours["ink"], colours["mark"]) >= 4.5
     for share in map(int, re.findall(r"var\(--hue\) (\d+)%", css)):
         for name in ("c2", "c0"):
             shade = tuple(
