@@ -45,6 +45,8 @@ def demonstrate(setup: Setup):
     scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 6)
     reference = teacher_prompt_scores(base, setup.tokenizer, records["base"], config)
     scores["floor"] = floor(base, setup.tokenizer, records["base"])
+    for key in ("accuracy", "accuracy_se"):
+        scores[f"teacher_prompt_{key}"] = reference[key]
     results["base"] = {**scores, "seconds": clock.seconds["pretrain"]}
     clock.lap("examining")
     for method in METHODS:

@@ -23,6 +23,7 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
         assert key in summary["thinktuning"]
     assert "sampled_reflection_rate_first_right" in summary["thinktuning"]
     assert {"accuracy", "opinion_accuracy"} <= summary["teacher_prompt"].keys()
+    assert summary["base"]["teacher_prompt_accuracy"] == summary["teacher_prompt"]["accuracy"]
     kinds = {"misconception", "right", "slip_before", "other_story"}
     assert summary["planted"].keys() == kinds
     for found in summary["planted"].values():
