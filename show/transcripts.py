@@ -134,9 +134,10 @@ def telling_steps(lines) -> dict[int, str]:
     guided = [line["step"] for line in lines if line.get("guidance")]
     told = {step: "the last step" for step in steps[-1:]}
     if guided:
-        alone = [step for step in steps if step > max(guided)]
+        last = max(guided)
+        alone = [step for step in steps if step > last]
         told |= {step: "the first on its own" for step in alone[:1]}
-        told[max(guided)] = "the teacher’s last"
+        told[last] = "the teacher’s last"
     told |= {step: "the first step" for step in steps[:1]}
     return dict(sorted(told.items()))
 
