@@ -1,4 +1,4 @@
-"""A control: supervised fine-tuning on the rollouts that ThinkTuning would reward.
+"""A control: supervised fine-tuning on guided rollouts that ThinkTuning would reward.
 
 The student's own attempts, continued by the teacher, are kept if their answer is right, and the
 student learns them token by token. There is no group and no advantage.
@@ -23,7 +23,7 @@ from teacher import augment, make_teacher
 
 
 def train_supervised(base: LM, tokenizer: Tokenizer, config: Config) -> tuple[LM, list[dict]]:
-    """A copy of `base` after as many updates, of as many texts, as ThinkTuning's; no history."""
+    """A copy of `base` after as many updates as ThinkTuning's; no history."""
     updates = config.steps * (config.questions // config.mini_batch)
     size = config.mini_batch
     texts = rewarded_texts(base, tokenizer, config, updates * size)
