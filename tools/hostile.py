@@ -138,11 +138,12 @@ def tokenizer(data, directory):
 
     loaded = refusing(Tokenizer.load, written(data, directory))
     if loaded:
+        # Text loses the bytes that a vocabulary has no token for, and nothing else.
+        kept = b"ab c".translate(None, loaded._bpe.missing).decode()
+        assert loaded.decode(loaded.encode("ab c")) == kept
         text = "It's 12 \ud83d\ude00<|im_end|>\n\n x\u00e9\0"
-        assert "".join(
-            loaded.decode([i]) for i in loaded.encode("ab c")
-        ) == "ab c" and loaded.encode(text)
-        for ids in (loaded.render([{"role": "user", "content": text}]), loaded.stop):
+        prompt = loaded.render([{"role": "user", "content": text}])
+        for ids in (loaded.encode(text), prompt, loaded.stop):
             assert all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
 
 
