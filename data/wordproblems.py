@@ -121,14 +121,14 @@ def wrong_day(story: Story, attempt: str) -> str | None:
 
 
 def contents(story: Story, mistaken: bool) -> list[str]:
-    """The arithmetic of each beginning of the story, the whole story last."""
+    """The arithmetic of each beginning that changes the count, the whole story last."""
     text, found = str(story.start), []
     for day in story.days:
         change = day.change(mistaken)
         if change:
             text += f"{change:+d}"
             found.append(text)
-    return found or [text]
+    return found
 
 
 def split_of(story: Story) -> str:

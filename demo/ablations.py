@@ -31,7 +31,7 @@ class Variant:
     settings: dict = field(default_factory=dict)  # what changes in the configuration
     wrap: Callable | None = None  # wrap(ask, rng) replaces how the teacher is asked
     texts: dict = field(default_factory=dict)  # what changes in the base model's recipe
-    supervised: bool = False  # instead of RL
+    supervised: int = 0  # not RL but supervised, with one text of so many guided
     as_many_tokens_as: str = ""  # the number of steps follows from this variant's tokens
 
 
@@ -98,7 +98,8 @@ CONTROLS = {
     "feedback shuffled": Variant(wrap=shuffled),
     "teacher says correct": Variant(wrap=always_content),
     "guidance begins anew": Variant(texts=dict(anew=True)),
-    "supervised on guided rollouts": Variant(supervised=True),
+    "supervised on guided rollouts": Variant(supervised=1),
+    "supervised, guided as in RL": Variant(supervised=DEMO["samples"]),
 }
 LOSSES = {
     "AAS": {},
@@ -163,7 +164,7 @@ def ablate(setup: Setup, which, repeats):
             )
         write_json(path, rows)
     print(f"\n{which}: {len(problems)} {split} problems; ", end="")
-    print(f"mean ± standard error over {repeats} training seeds")
+    print(f"mean ± standard error over {repeats} training seeds" if repeats > 1 else "one run each")
     for name, outcomes in rows.items():
         print(summary_line(name, outcomes))
 
@@ -185,7 +186,7 @@ def run_variant(setup: Setup, base, problems, variant: Variant, config) -> dict 
     """Train and examine one variant with one seed; None if the training was stopped."""
     began = time.perf_counter()
     if variant.supervised:
-        student, history = train_supervised(base, setup.tokenizer, config)
+        student, history = train_supervised(base, setup.tokenizer, config, variant.supervised)
     else:
         student, history = train_one(setup, base, config, wrap=variant.wrap)
         if len(history) < config.steps:
@@ -199,7 +200,7 @@ def run_variant(setup: Setup, base, problems, variant: Variant, config) -> dict 
         "seed": config.seed,
         "seconds": seconds,
         "steps": config.steps,
-        "generated_tokens": sum(metrics["mean_length"] * rollouts for metrics in history),
+        "generated_tokens": sum(metrics["mean_length"] * rollouts for metrics in history) or None,
         "take_off": reflecting[0] if reflecting else None,  # a step
     }
 
@@ -207,7 +208,7 @@ def run_variant(setup: Setup, base, problems, variant: Variant, config) -> dict 
 def summary_line(name, outcomes) -> str:
     def mean(key):
         value, se = mean_and_se([outcome[key] for outcome in outcomes])
-        return f"{value:.3f} ± {se:.3f}"
+        return f"{value:.3f} ± {se:.3f}" if len(outcomes) > 1 else f"{value:.3f}"
 
     steps = [outcome["take_off"] for outcome in outcomes]
     steps = ", ".join("-" if step is None else str(step) for step in steps)

@@ -53,7 +53,7 @@ RECIPE = dict(
     transcripts=5,
     right_attempts=0.3,  # share of the attempts at a story with a trap that avoid it
     remark_every=25,  # conversations from one remark to the next
-    student_weight=0.5,  # in the loss; a token of any other text has weight 1 or more
+    student_weight=0.5,  # in the loss, of the student's attempts; see DECISION and RESULT
 )
 # Raise VERSION with every change to the texts or the training that gives other weights. Base models
 # in the cache are then made anew, and the shipped one must be (tools/ship_base.py).

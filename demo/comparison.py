@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from data import load_problems
 from data.scores import reflects, score
-from data.wordproblems import question, stories, wrong_day
+from data.wordproblems import problem_of, question, stories, wrong_day
 from demo.base import Setup, base_model, floor, teacher_prompt_scores
-from demo.planted import COUNT, examine_planted, named_day
+from demo.planted import COUNT, examine_planted, named_day, planted_attempts
 from demo.printed import chart, planted_table, same_question, table
 from run.loop import Loop
 from run.record import Run, write_json
@@ -60,6 +60,9 @@ def demonstrate(setup: Setup):
         clock.lap("examining")
     count = 20 if setup.quick else COUNT
     planted = examine_planted(student, setup.tokenizer, config.max_tokens, count)
+    right = [(problem_of(one.asked), one.attempt, True) for one in planted_attempts("right", count)]
+    of_right = teacher_prompt_scores(base, setup.tokenizer, right, config)
+    reference["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
     clock.lap("examining")
     more = dict(seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
     write_summary(setup, results, teacher_prompt=reference, planted=planted, **more)

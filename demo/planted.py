@@ -36,7 +36,7 @@ COUNT = 150  # of each kind
 class Planted(NamedTuple):
     asked: Story  # whose question stands before the attempt
     attempt: str
-    line: str | None  # the weekday of the line that holds the misconception; None if none does
+    line: str | None  # the weekday of the line with the misconception; None if there is none
     number: int | None  # the attempt's own count before that line
 
 
@@ -133,8 +133,9 @@ def outcome(model: LM, tokenizer: Tokenizer, planted: list[Planted], max_tokens:
 
 
 def named_day(reflection: str) -> str | None:
-    """The first weekday that a reflection names."""
-    return next((word for word in re.findall(r"\w+", reflection) if word in DAYS), None)
+    """The weekday that a reflection looks at."""
+    found = re.search(r"look at (\w+day)", reflection)
+    return found and found[1]
 
 
 def continued_from(reflection: str) -> int | None:

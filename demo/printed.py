@@ -7,6 +7,7 @@ from data.scores import first_is_right
 from data.wordproblems import DIFFICULTY
 from demo.texts import WORDING
 from run.screen import coloured, in_colour
+from show.report import PLANTED
 
 NAMES = ("base", "grpo", "thinktuning")
 ROWS = (  # a title, and the row's cell in terms of a model's scores
@@ -21,12 +22,6 @@ ROWS = (  # a title, and the row's cell in terms of a model's scores
     ("  sampled, when it is wrong", "{sampled_reflection_rate_first_wrong:.3f}"),
     ("  sampled, when it is right", "{sampled_reflection_rate_first_right:.3f}"),
 )
-PLANTED = {
-    "misconception": "wrong by the misconception",
-    "right": "right, to the same questions",
-    "slip_before": "another slip before the wrong line",
-    "other_story": "another story's wrong attempt",
-}
 
 
 def table(results, teacher_prompt, count) -> str:
@@ -46,7 +41,8 @@ def table(results, teacher_prompt, count) -> str:
         lines.append(table_row(f"  {name}, greedy, sampled", cells))
     lines.append(
         "\nthe same base weights under the teacher prompt: {accuracy:.3f} ± {accuracy_se:.3f} "
-        "right; opinion right in {opinion_accuracy:.3f}".format_map(teacher_prompt)
+        "right;\nits opinion is right in {opinion_accuracy:.3f}, of right attempts planted under "
+        "questions with a trap in {opinion_accuracy_planted_right:.3f}".format_map(teacher_prompt)
     )
     base = results["base"]
     rollouts = base["sampled_rollouts"]
@@ -78,9 +74,8 @@ def table_row(title, cells) -> str:
 
 
 def by_operations(scores, n) -> str:
-    accuracy = scores.get(f"accuracy_{n}_operations", 0)
-    reflects = scores.get(f"reflection_{n}_operations", 0)
-    return f"{accuracy:.2f}, {reflects:.2f}"
+    names = f"accuracy_{n}_operations", f"reflection_{n}_operations"
+    return ", ".join(f"{scores[name]:.2f}" if name in scores else "-" for name in names)
 
 
 def behaviour_shares(scores, name, count) -> str:

@@ -1,7 +1,7 @@
-"""A control: supervised fine-tuning on guided rollouts that ThinkTuning would reward.
+"""A control: supervised fine-tuning on rollouts that ThinkTuning would reward.
 
-The student's own attempts, continued by the teacher, are kept if their answer is right, and the
-student learns them token by token. There is no group and no advantage.
+The student's own attempts, all or some of them continued by the teacher, are kept if their answer
+is right, and the student learns them token by token. There is no group and no advantage.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from sampler import generate
 from teacher import augment, make_teacher
 
 
-def train_supervised(base: LM, tokenizer: Tokenizer, config: Config) -> tuple[LM, list[dict]]:
-    """A copy of `base` after as many updates as ThinkTuning's; no history."""
+def train_supervised(
+    base: LM, tokenizer: Tokenizer, config: Config, every: int = 1
+) -> tuple[LM, list[dict]]:
+    """A copy of `base` after as many updates as ThinkTuning's; no history.
+
+    The teacher continues one rollout of `every`.
+    """
     updates = config.steps * (config.questions // config.mini_batch)
     size = config.mini_batch
-    texts = rewarded_texts(base, tokenizer, config, updates * size)
+    texts = rewarded_texts(base, tokenizer, config, updates * size, every)
     student = copy.deepcopy(base).requires_grad_(True)
     optimizer = MasterAdamW(
         student.parameters(),
@@ -47,11 +52,17 @@ def train_supervised(base: LM, tokenizer: Tokenizer, config: Config) -> tuple[LM
 
 
 def rewarded_texts(
-    base: LM, tokenizer: Tokenizer, config: Config, count: int, most_rounds: int = 10
+    base: LM,
+    tokenizer: Tokenizer,
+    config: Config,
+    count: int,
+    every: int = 1,
+    most_rounds: int = 10,
 ) -> list[Rollout]:
-    """`count` guided rollouts with the right answer, each of another question if there are so many.
+    """`count` rollouts with the right answer, of which the teacher has continued one in `every`.
 
-    Raises RuntimeError if `most_rounds` rounds do not give enough.
+    Each is of another question if there are so many. Raises RuntimeError if `most_rounds` rounds do
+    not give enough.
     """
     teacher = make_teacher(base, tokenizer, config)
     rng = random.Random(f"supervised {config.seed}")
@@ -72,25 +83,20 @@ def rewarded_texts(
         rollouts = []
         for problem, prompt, ids in zip(problems, prompts, attempts):
             text = spoken(tokenizer, ids)
+            asked = dict(question=problem.question, answer=problem.answer)
             finished = ids[-1] in tokenizer.stop
-            rollouts.append(
-                Rollout(
-                    prompt,
-                    ids,
-                    finished,
-                    question=problem.question,
-                    answer=problem.answer,
-                    text=text,
-                    attempt=text,
-                )
-            )
+            rollouts.append(Rollout(prompt, ids, finished, text=text, attempt=text, **asked))
         rollouts = [rollout for rollout in rollouts if rollout.finished]
-        replies = teacher.feedback([r.question for r in rollouts], [r.attempt for r in rollouts])
-        for rollout, feedback in zip(rollouts, replies):
-            guided = feedback and augment(rollout, feedback, tokenizer, config.max_tokens)
-            if guided and is_correct(rollout.text, rollout.answer):
-                rollout.advantage = 1.0
-                found.append(rollout)
+        kept = [rollout for i, rollout in enumerate(rollouts) if i % every]
+        helped = rollouts[::every]
+        replies = teacher.feedback([r.question for r in helped], [r.attempt for r in helped])
+        for rollout, feedback in zip(helped, replies):
+            if feedback and augment(rollout, feedback, tokenizer, config.max_tokens):
+                kept.append(rollout)
+        found += [rollout for rollout in kept if is_correct(rollout.text, rollout.answer)]
         if len(found) >= count:
+            rng.shuffle(found)
+            for rollout in found[:count]:
+                rollout.advantage = 1.0
             return found[:count]
-    raise RuntimeError(f"the teacher's feedback was right {len(found)} times, not {count}")
+    raise RuntimeError(f"{len(found)} rollouts were right, not {count}")

@@ -23,13 +23,17 @@ def test_ablations_run_every_variant(tmp_path, capsys):
 
 
 def test_controls_run_one_after_the_other_and_say_when_they_take_off(tmp_path, capsys, monkeypatch):
-    names = ("ThinkTuning", "supervised on guided rollouts", "guidance begins anew")
+    names = ("ThinkTuning", "supervised, guided as in RL", "guidance begins anew")
     names += ("GRPO", "GRPO, as many tokens")
     variants = {name: demo.ablations.VARIANTS["all"][name] for name in names}
     monkeypatch.setitem(demo.ablations.VARIANTS, "all", variants)
-    monkeypatch.setattr("demo.ablations.train_supervised", lambda base, *_: (base, []))
+    shares = []
+    monkeypatch.setattr(
+        "demo.ablations.train_supervised", lambda base, *rest: (base, shares.append(rest[-1]) or [])
+    )
     assert main(["--quick", "--out", str(tmp_path), "--ablate", "--repeats", "1"]) == 0
     rows = json.loads((tmp_path / "ablate-all.json").read_text())
+    assert shares == [DEMO["samples"]]
     assert tuple(rows) == names and len(list(tmp_path.glob("base-*"))) == 2
     for (outcome,) in rows.values():
         assert {"reflection_rate_first_right", "names_line", "generated_tokens"} <= outcome.keys()

@@ -49,7 +49,8 @@ def test_what_a_reflection_names_and_takes_up_is_read_from_its_words():
         reason = f"\n\nHmm, I was too quick there: look at {one.line}.\n\n"
         assert named_day(reason + continued(one.asked)) == one.line
         assert continued_from(reason + continued(one.asked)) == one.number
-    assert named_day("Each line fits.") is None and continued_from("Each line fits.") is None
+    assert named_day("On Monday each line fits.") is None
+    assert continued_from("Each line fits.") is None
 
 
 def say(replies):

@@ -33,9 +33,18 @@ def test_its_texts_are_guided_rollouts_with_the_right_answer(base):
     assert any(not is_correct(text.attempt, text.answer) for text in texts)
 
 
+def test_the_teacher_continues_one_of_every_few(base):
+    texts = rewarded_texts(base, TOKENIZER, Config(**DEMO), 200, every=8)
+    guided = [text.guided_from is not None for text in texts]
+    # One of eight is guided and nearly always right; the others are right in 42% of the cases.
+    assert 0.15 < sum(guided) / 200 < 0.4 and 0 < sum(guided[:100]) < sum(guided)
+    own = [text for text in texts if text.guided_from is None]
+    assert all(text.text == text.attempt and is_correct(text.text, text.answer) for text in own)
+
+
 def test_a_teacher_that_is_never_right_ends_in_a_message(base, monkeypatch):
     monkeypatch.setattr(demo.supervised, "is_correct", lambda text, answer: False)
-    with pytest.raises(RuntimeError, match="0 times"):
+    with pytest.raises(RuntimeError, match="^0 rollouts were right, not 8$"):
         rewarded_texts(base, TOKENIZER, Config(**DEMO), 8, most_rounds=1)
 
 

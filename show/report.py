@@ -253,7 +253,7 @@ def base_table(summaries) -> str:
 PLANTED = {  # kinds of attempts
     "misconception": "wrong by the misconception",
     "right": "right, to the same questions",
-    "slip_before": "another slip before the wrong line",
+    "slip_before": "another slip, then the misconception",
     "other_story": "another story’s wrong attempt",
 }
 FOUND = (  # column, key, unit
@@ -265,8 +265,8 @@ FOUND = (  # column, key, unit
 )
 PLANTED_NOTE = """<p>ThinkTuning’s model goes on from an attempt as if it had just written it.
 Some attempts it would never write. They show whether it reads the attempt or only the question:
-whether it names the wrong line, and takes over the attempt’s own number before that line. Those
-two are shares of the attempts after which it goes on.</p>"""
+whether it names the line with the misconception, and takes over the attempt’s own number before
+that line. Those two are shares of the attempts after which it answers a second time.</p>"""
 
 
 def planted_table(summaries) -> str:

@@ -677,7 +677,7 @@ def test_a_demonstration_shows_its_planted_attempts_its_teacher_and_its_floor():
     assert rows_of(text, PLANTED) == {
         "wrong by the misconception": ["150", "100%", "98%", "96%", "94%"],
         "right, to the same questions": ["150", "0%", "–", "–", "100%"],
-        "another slip before the wrong line": ["150", "90%", "80%", "70%", "0%"],
+        "another slip, then the misconception": ["150", "90%", "80%", "70%", "0%"],
         "another story’s wrong attempt": ["150", "60%", "50%", "40%", "30%"],
     }
     assert rows_of(text, BASE) == {
