@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model import LM
+from run.batches import SharedPrompts, micro_batches
 from run.head import HeadLogprobs, gradient_buffer, slice_size
 from run.optimizer import MasterAdamW as MasterAdamW  # what `update` is given for bfloat16 weights
 from run.world import World, full
@@ -307,7 +308,7 @@ def update(
     return metrics | {"grad_norm": norm, "skipped": skipped, "active_share": share}
 
 
-NOTHING = Rollout([0, 0], [], finished=True, old_logprobs=[])  # a pass over it has no loss
+NOTHING = Rollout([0], [], finished=True, old_logprobs=[])  # a pass over it has no loss
 
 
 def batch_losses(
@@ -321,14 +322,15 @@ def batch_losses(
     batch = collate(rollouts, settings.guided_tokens, model.device)
     tokens, mask, guided, old_logprobs, advantages = batch
     # One policy everywhere: π_θ, π_old, π_ref and the entropy have the same temperature.
-    temperature = settings.temperature
+    same: dict[str, Any] = dict(temperature=settings.temperature)
+    same["shared"] = SharedPrompts(rollouts, model)
     logprobs, entropy = token_logprobs(
-        model, tokens, mask, entropy=True, head_grad=head_grad, temperature=temperature
+        model, tokens, mask, entropy=True, head_grad=head_grad, **same
     )
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, tokens, mask, temperature=temperature)
+            ref_logprobs = token_logprobs(reference, tokens, mask, **same)
     losses, measured = token_losses(
         logprobs, old_logprobs, advantages, mask, guided, settings, ref_logprobs
     )
@@ -346,7 +348,8 @@ def snapshot(
     waiting = [r for r in rollouts if r.old_logprobs is None]
     for batch in micro_batches(waiting, micro_batch):
         tokens, mask, *_ = collate(batch, device=model.device)
-        logprobs = token_logprobs(model, tokens, mask, temperature=temperature)
+        shared = SharedPrompts(batch, model)
+        logprobs = token_logprobs(model, tokens, mask, temperature=temperature, shared=shared)
         for r, row, own in zip(batch, logprobs, mask):
             r.old_logprobs = row[own].tolist()
     for r in rollouts:
@@ -373,12 +376,14 @@ def token_logprobs(
     entropy: bool = False,
     head_grad: Tensor | None = None,
     temperature: float = 1.0,
+    shared: SharedPrompts | None = None,
 ) -> Any:
     """log p(token t+1 | tokens up to t), float32, p = softmax(z / temperature): (B, T) -> (B, T-1).
 
     With `where` (B, T-1) bool only those positions pass the output head; the others are 0.
     With entropy=True also each position's entropy, (B, T-1), without gradient. `head_grad`: see
-    HeadLogprobs. Raises ValueError unless the temperature is above 0.
+    HeadLogprobs. With `shared` the rows are rollouts whose prompts are computed once, and `where`
+    are their responses. Raises ValueError unless the temperature is above 0.
     """
     if not temperature > 0:
         raise ValueError(f"log-probabilities need a temperature above 0, not {temperature}")
@@ -386,18 +391,24 @@ def token_logprobs(
         where = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
     at = where.flatten().nonzero().squeeze(1)  # (N,)
     size = min(slice_size(len(at), tokens.device), model.config.vocab_size)
-    both = logprobs_at(model, tokens, at, size, head_grad, temperature)
+    both = logprobs_at(model, tokens, at, shared, size, head_grad, temperature)
     placed = [x.new_zeros(where.shape).masked_scatter(where, x) for x in both]
     return placed if entropy else placed[0]
 
 
-def logprobs_at(model: LM, tokens: Tensor, at: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def logprobs_at(
+    model: LM, tokens: Tensor, at: Tensor, shared: SharedPrompts | None, *options: Any
+) -> tuple[Tensor, Tensor]:
     """log p of the next token and the entropy at positions `at` of the flattened (B, T-1): (N,).
 
     options: see HeadLogprobs. It compiles as one graph each way, a handful for all B, T and N.
     """
-    states, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    return HeadLogprobs.apply(states[at], model.head.weight, targets[at], *options)  # type: ignore
+    if shared:
+        states = model.hidden(shared.tokens, shared)[0, shared.predicting]
+    else:
+        states = model.hidden(tokens[:, :-1]).flatten(0, 1)[at]
+    targets = tokens[:, 1:].flatten()[at]
+    return HeadLogprobs.apply(states, model.head.weight, targets, *options)  # type: ignore
 
 
 def collate(
@@ -420,20 +431,3 @@ def collate(
             old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
     advantages = torch.tensor([[r.advantage] for r in rollouts])
     return [x.to(device) for x in (tokens, mask, guided, old_logprobs, advantages)]
-
-
-def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
-    """Sort by length and cut into batches of at most `size` tokens, padding counted.
-
-    A batch has one rollout at least. Of all such cuts this is the cheapest, where a batch costs
-    its tokens, padding counted, and size / 16 for being one more pass.
-    """
-    rollouts = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.response))
-    # Of the first 0, 1, ... n rollouts: the least cost, and the batches that have it.
-    best: list[tuple[float, list[list[Rollout]]]] = [(0.0, [])]
-    for n, r in enumerate(rollouts, 1):
-        width = len(r.prompt) + len(r.response)
-        starts = range(max(0, n - max(1, size // width)), n)  # where the last batch may begin
-        cost, start = min((best[i][0] + (n - i) * width + size / 16, i) for i in starts)
-        best.append((cost, [*best[start][1], rollouts[start:n]]))
-    return best[-1][1]

@@ -77,8 +77,8 @@ class LM(nn.Module):
         logits: Tensor = self.head(self.hidden(tokens, cache))
         return logits
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The states before the output head: (B, T) -> (B, T, D)."""
+    def hidden(self, tokens: Tensor, cache: KVCache | Any = None) -> Tensor:
+        """The states before the output head: (B, T) -> (B, T, D). cache: or a SharedPrompts."""
         B, T = tokens.shape
         x = self.embed(tokens)
         if cache is None:

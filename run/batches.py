@@ -1,0 +1,118 @@
+"""Batches of rollouts: how they are cut, and how one becomes a row that holds each prompt once.
+
+All G rollouts of a question begin with the same prompt, and no prompt's token sees a response. So
+it need not go through the model G times. The linear layers, which are nearly all of the work, see
+the tokens of the prompts and then those of the responses; only attention takes them apart again.
+Elsewhere this is called a shared-prefix forward pass (Prefix Grouper, arXiv 2506.05433).
+
+Shapes: Q different prompts of at most P tokens; B rollouts of at most T tokens that are read behind
+the prompt; N tokens in all; H query heads, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import LM
+
+R = TypeVar("R", bound="Tokens")
+
+
+class Tokens(Protocol):
+    """What is read of a rollout."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
+    """Sort, and cut into batches of at most `size` tokens: different prompts, and responses.
+
+    Padding is counted. A batch has one rollout at least. Of all cuts this is the cheapest, where a
+    batch costs its tokens, and size / 16 for being one more pass.
+    """
+    longest: dict[tuple[int, ...], int] = defaultdict(int)  # response of each prompt
+    for r in rollouts:
+        longest[tuple(r.prompt)] = max(longest[tuple(r.prompt)], len(r.response))
+    of_prompt = {p: (len(p) + n, p) for p, n in longest.items()}  # a group's stay together
+    rollouts = sorted(rollouts, key=lambda r: (of_prompt[tuple(r.prompt)], len(r.response)))
+    # Of the first 0, 1, ... n rollouts: the least cost, and the batches that have it.
+    best: list[tuple[float, list[list[R]]]] = [(0.0, [])]
+    for n in range(1, len(rollouts) + 1):
+        choices: list[tuple[float, int]] = []
+        prompts, P, T = set(), 0, 0
+        for i in reversed(range(n)):  # where the last batch may begin
+            prompts.add(tuple(rollouts[i].prompt))
+            P, T = max(P, len(rollouts[i].prompt)), max(T, len(rollouts[i].response))
+            tokens = len(prompts) * P + (n - i) * T
+            if choices and tokens > size:
+                break
+            choices.append((best[i][0] + tokens + size / 16, i))
+        cost, start = min(choices)
+        best.append((cost, [*best[start][1], rollouts[start:n]]))
+    return best[-1][1]
+
+
+class SharedPrompts:
+    """A batch as one row of N tokens: the different prompts, then the responses.
+
+    It takes the place of a KV cache in `LM.hidden`, and says which tokens see each other.
+    """
+
+    def __init__(self, rollouts: Sequence[Tokens], model: LM) -> None:
+        numbers: dict[tuple[int, ...], int] = {}
+        of = torch.tensor([numbers.setdefault(tuple(r.prompt), len(numbers)) for r in rollouts])
+        read = [r.response[:-1] for r in rollouts]  # a last token is predicted, but predicts none
+        tokens = [token for part in (*numbers, *read) for token in part]
+        # Where the tokens stand in a matrix of the prompts, (Q, P), and in one of the responses,
+        # (B, T); and for each place of these the token in the row. Padding has any token.
+        inside, own = within([len(p) for p in numbers]), within([len(r) for r in read])
+        lengths, (P, T) = inside.sum(1), (inside.shape[1], own.shape[1])
+        prompt_at = inside.flatten().cumsum(0).view_as(inside) - 1
+        own_at = own.flatten().cumsum(0).view_as(own) - 1 + lengths.sum()
+        positions = torch.arange(P).expand_as(inside), lengths[of, None] + torch.arange(T)
+        # A response is predicted by the states of its prompt's last token and of its own.
+        last = prompt_at[of, lengths[of] - 1, None]  # (B, 1)
+        some = torch.tensor([[len(r.response) > 0] for r in rollouts])
+        predicting = torch.cat((last, own_at), 1)[torch.cat((some, own), 1)]
+        # A response's token sees its prompt, and its own tokens up to itself.
+        up_to_itself = torch.ones(T, T, dtype=torch.bool).tril().expand(len(of), T, T)
+        sees = torch.cat((inside[of, None].expand(-1, T, P), up_to_itself), 2)  # (B, T, P + T)
+        mask = torch.zeros(sees.shape, dtype=model.embed.weight.dtype).masked_fill_(
+            ~sees, -torch.inf
+        )
+        there = model.device
+        self.tokens = torch.tensor([tokens], device=there)  # (1, N)
+        self.positions = torch.cat((positions[0][inside], positions[1][own]))[None].to(there)
+        self.predicting = predicting.to(there)  # for each token of the responses
+        self.of, self.prompt_at, self.own_at = of.to(there), prompt_at.to(there), own_at.to(there)
+        self.places = torch.cat((inside.flatten(), own.flatten())).nonzero().squeeze(1).to(there)
+        self.mask = mask[:, None].to(there)  # (B, 1, T, P + T)
+
+    def extend(self, B: int, T: int) -> SharedPrompts:
+        return self
+
+    def attend(self, span: Any, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, H, N, E), k, v (1, K, N, E) -> (1, H, N, E). Gradients go back through all."""
+        _, H, _, E = q.shape
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H or K, E)
+        pq, pk, pv = (x[self.prompt_at].transpose(1, 2) for x in (q, k, v))  # (Q, H or K, P, E)
+        of_prompts = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, enable_gqa=True)
+        q, k, v = (x[self.own_at].transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, E)
+        k, v = torch.cat((pk[self.of], k), 2), torch.cat((pv[self.of], v), 2)  # (B, K, P + T, E)
+        heads = q.unflatten(1, (k.shape[1], -1)).unbind(2)  # in turn, as in KVCache.attend_many
+        y = [F.scaled_dot_product_attention(head, k, v, self.mask) for head in heads]
+        of_responses = torch.stack(y, 2).flatten(1, 2)  # (B, H, T, E)
+        both = [x.transpose(1, 2).reshape(-1, H, E) for x in (of_prompts, of_responses)]
+        return torch.cat(both)[self.places].transpose(0, 1)[None]
+
+
+def within(lengths: list[int]) -> Tensor:
+    """Bool (rows, widest, but at least 1): whether a place lies within its row's length."""
+    return torch.arange(max(1, *lengths)) < torch.tensor(lengths)[:, None]
