@@ -20,21 +20,22 @@ from run.record import writable
 
 def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Callable[[], None]:
     """Check the flags and directories; returns the job to run: one of the three above."""
-    if not 0 <= args.floor <= 1:
-        raise ValueError(f"--floor must be between 0 and 1, not {args.floor}")
+    floor = FLOOR if args.floor is None else args.floor
+    if not 0 <= floor <= 1:
+        raise ValueError(f"--floor must be between 0 and 1, not {floor}")
     if args.repeats and not args.ablate:
         raise ValueError("--repeats counts the training seeds of --ablate: give both or neither")
     if args.preset == "mentor" and args.ablate:
         raise ValueError("--preset mentor does not go with --ablate: leave one of them out")
     config = replace(Config(**DEMO), seed=args.seed)
-    recipe = dict(RECIPE, seed=args.seed, floor=args.floor)
+    recipe = dict(RECIPE, seed=args.seed, floor=floor)
     if args.quick:
         config = replace(config, steps=4)
         recipe["steps"] = 40
     config.check()
     name = f"{args.preset}-{args.seed}"
-    if args.floor != FLOOR:
-        name += f"-floor{args.floor:g}"
+    if floor != FLOOR:
+        name += f"-floor{floor:g}"
     if args.quick:
         name += "-quick"
     out = Path(args.out or f"out/{name}")

@@ -78,7 +78,8 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     tokens = max(config.micro_batch, sequence)
     # In float32: logits, their exponentials, and a third tensor of the same size.
     logits = 12 * tokens * slice_size(tokens, sizes.device)
-    work = tokens * token_bytes(config, student, item) + logits
+    mask = tokens * sequence * item  # which positions a response's tokens see
+    work = tokens * token_bytes(config, student, item) + mask + logits
     parts["update"] = 4 * n // N + int(GAPS * work)
     return parts
 
@@ -107,8 +108,13 @@ def block_bytes(model, item) -> int:
 
 def token_bytes(config: Config, model, item) -> int:
     """Bytes that the update keeps of one token until the backward pass has ended."""
-    kept = model.n_layers * (model.dim * item if config.recompute else block_bytes(model, item))
-    return kept + 2 * block_bytes(model, item)  # a block's values and their gradients
+    # Attention takes the tokens apart: queries and results once more, and keys and values of each
+    # response's own positions and its prompt's.
+    positions = 1 + config.max_prompt / config.max_tokens
+    apart = 3 * model.n_heads + int(2 * model.n_kv_heads * positions)
+    block = block_bytes(model, item) + item * model.head_dim * apart
+    kept = model.n_layers * (model.dim * item if config.recompute else block)
+    return kept + 2 * block  # a block's values and their gradients
 
 
 def peak(parts: dict[str, int]) -> int:

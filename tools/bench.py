@@ -3,7 +3,6 @@
     python -m tools.bench                                 tiny and 135m on a CPU
     python -m tools.bench --device cuda                   0.5b and 3b on a GPU, compiled and eager
     python -m tools.bench --parts update --shapes 0.5b    one part of one shape
-    python -m tools.bench --problems FILE.jsonl           also the padding of micro-batches
     python -m tools.bench --base out/base-...             also a profile of training steps
 
 Weights are random and responses have a fixed length, so the work is that of a real model of the
@@ -22,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from datetime import date
@@ -33,15 +33,9 @@ import torch
 import sampler
 from data import load_problems
 from data.tokenizer import Tokenizer
-from grpo import (
-    MasterAdamW,
-    Rollout,
-    logprobs_at,
-    micro_batches,
-    token_logprobs,
-    update,
-)
+from grpo import MasterAdamW, Rollout, collate, logprobs_at, token_logprobs, update
 from model import LM, ModelConfig
+from run.batches import SharedPrompts
 from run.compiled import RECORDER, RECORDING_DEVICES, compile_step
 from run.config import DEMO, Config
 from run.head import HeadLogprobs
@@ -107,10 +101,6 @@ def check(args) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine, or this build of torch, has none")
-    if args.problems:
-        lines = Path(args.problems).read_text().splitlines()
-        if not all("question" in json.loads(line) for line in lines):
-            raise ValueError(f"{args.problems}: every line must have a question and an answer")
     if args.base:
         Tokenizer.load(args.base)
         LM.load(args.base)
@@ -212,6 +202,7 @@ class Bench:
         rivals = {
             "ours": lambda: generate(self.model, prompts, samples=SAMPLES, **SAMPLING),
             "the prompt once a sample": lambda: generate(self.model, repeated, **SAMPLING),
+            **self.peers(torch.tensor(repeated)),
         }
         self.compare_rollouts(count, rivals)
         # Without a cache every step costs more than the last: four of them stand for all.
@@ -219,6 +210,20 @@ class Bench:
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
         self.report(f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
+
+    def peers(self, prompts) -> dict:
+        """transformers' generate with the same weights, if it is installed."""
+        try:
+            import transformers
+        except ImportError:
+            self.note("transformers is not installed: it is not compared")
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save(folder)
+            peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        options = dict(do_sample=True, top_k=0, min_new_tokens=LENGTH, max_new_tokens=LENGTH)
+        options |= dict(attention_mask=torch.ones_like(prompts), pad_token_id=0)
+        return {"transformers": lambda: peer.generate(prompts, **options)}
 
     def rollouts_on_a_gpu(self, count):
         prompts = self.prompts(count)
@@ -270,15 +275,15 @@ class Bench:
 
     def update(self):
         rows, width = batch_of(self.place[0])
-        tokens = torch.tensor(self.prompts(rows, width + 1), device=self.device)
-        peaks = {}
+        rollouts, peaks = rollouts_of(self.place[0]), {}
         for name in PASSES:
             try:
-                peaks[name] = self.peak(name, tokens)
+                peaks[name] = self.peak(name, rollouts)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 self.note(f"{name}, {rows} x {width} tokens: out of memory")
-        seconds = self.times({name: lambda f=PASSES[name]: f(self.model, tokens) for name in peaks})
+        passes = {name: lambda f=PASSES[name]: f(self.model, rollouts) for name in peaks}
+        seconds = self.times(passes)
         for name, s in seconds.items():
             speed, peak = rows * width / statistics.median(s), peaks[name]
             what = f"{name}, {rows} x {width} tokens, forward + backward"
@@ -291,16 +296,16 @@ class Bench:
             self.note(sentence, time_ratio=slower, memory_ratio=larger)
         self.model.zero_grad(set_to_none=True)
 
-    def peak(self, name, tokens):
+    def peak(self, name, rollouts):
         """Bytes that a pass needs beyond weights and gradients.
 
         On a CPU only a process's whole memory can be measured, so the pass gets its own process.
         """
         if self.device == "cuda":
-            PASSES[name](self.model, tokens)
+            PASSES[name](self.model, rollouts)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            PASSES[name](self.model, tokens)
+            PASSES[name](self.model, rollouts)
             return torch.cuda.max_memory_allocated() - before
         dtype = str(self.dtype).removeprefix("torch.")
         flags = f"--shapes {self.place[0]} --threads {self.threads} --device cpu --dtype {dtype}"
@@ -363,9 +368,6 @@ class Bench:
         if args.startup:
             self.place = ("", "startup")
             self.startup()
-        if args.problems:
-            self.place = ("", "padding")
-            self.padding(args.problems)
         if args.base:
             for method in ("grpo", "thinktuning"):
                 self.place = ("demo", method)
@@ -383,32 +385,6 @@ class Bench:
         }
         for what, s in self.times(commands).items():
             self.report(what, s)
-
-    def padding(self, path):
-        """Padding in micro-batches of the published mini-batch: 32 questions with 5 responses.
-
-        The responses are other questions' solutions.
-        """
-        encode = Tokenizer.builtin().encode
-        problems = [json.loads(line) for line in Path(path).read_text().splitlines()[: 32 * 20]]
-        prompts, answers = ([encode(p[key]) for p in problems] for key in ("question", "answer"))
-        for size in (4096, 16384):
-            wasted = total = 0
-            for start in range(0, len(prompts), 32):
-                rollouts = []
-                for i in range(start, min(start + 32, len(prompts))):
-                    for g in range(5):
-                        rollouts.append(
-                            Rollout(prompts[i], answers[(i + 7 * g) % len(answers)], True)
-                        )
-                for batch in micro_batches(rollouts, size):
-                    lengths = [len(r.prompt) + len(r.response) for r in batch]
-                    padded = len(batch) * max(lengths)
-                    wasted += padded - sum(lengths)
-                    total += padded
-            share = wasted / total
-            sentence = f"{Path(path).name}, micro-batches of {size:,} tokens: {share:.1%}"
-            self.note(sentence, share=share)
 
     def demonstration(self, base, method, steps=20):
         """Where the time of the demonstration's training steps goes."""
@@ -470,31 +446,49 @@ def timed(function) -> float:
 # One micro-batch of an update, forward and backward. Gradients of earlier micro-batches are there.
 
 
-def our_pass(model, tokens):
+def our_pass(model, rollouts, share=True):
     prepare_gradients(model)
     model.embed.sparse = True  # as grpo.update does
-    logprobs, _ = token_logprobs(model, tokens, entropy=True, head_grad=model.head.weight.grad)
-    logprobs.mean().backward()
+    tokens, mask, *_ = collate(rollouts, device=model.device)
+    logprobs, _ = token_logprobs(
+        model,
+        tokens,
+        mask,
+        entropy=True,
+        head_grad=model.head.weight.grad,
+        shared=SharedPrompts(rollouts, model) if share else None,
+    )
+    logprobs[mask].mean().backward()
     model.embed.sparse = False
 
 
-def full_logits_pass(model, tokens):
+def repeated_prompts_pass(model, rollouts):
+    our_pass(model, rollouts, share=False)
+
+
+def full_logits_pass(model, rollouts):
     prepare_gradients(model)
+    tokens, mask, *_ = collate(rollouts, device=model.device)
     with mock.patch("model.RECOMPUTE_FROM", float("inf")):
         log_p = model(tokens[:, :-1]).float().log_softmax(-1)
         with torch.no_grad():
             (log_p.exp() * log_p).sum(-1)  # the entropy
-        log_p.gather(-1, tokens[:, 1:, None]).mean().backward()
+        log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)[mask].mean().backward()
 
 
-def compiled_pass(model, tokens):
+def compiled_pass(model, rollouts):
     # One graph each way, of PyTorch's own kernels. torch keeps it from one call to the next.
     compiled = torch.compile(logprobs_at, backend="aot_eager", fullgraph=True)
     with mock.patch("grpo.logprobs_at", compiled):
-        our_pass(model, tokens)
+        our_pass(model, rollouts)
 
 
-PASSES = {"ours": our_pass, "full logits": full_logits_pass, "compiled": compiled_pass}
+PASSES = {
+    "ours": our_pass,
+    "the prompt once a sample": repeated_prompts_pass,
+    "full logits": full_logits_pass,
+    "compiled": compiled_pass,
+}
 
 
 def prepare_gradients(model):
@@ -512,21 +506,28 @@ def model_of(shape, device, dtype):
 
 
 def batch_of(shape) -> tuple[int, int]:
-    """Rows and tokens of an update."""
+    """Rows and tokens of an update. Half of a row's tokens are its prompt."""
     return BATCH.get(shape, (PROMPTS[shape] * SAMPLES, 2 * LENGTH))
+
+
+def rollouts_of(shape) -> list[Rollout]:
+    """Of an update: SAMPLES responses to each prompt."""
+    (rows, width), g = batch_of(shape), torch.Generator().manual_seed(0)
+    ids = torch.randint(SHAPES[shape].vocab_size, (rows, width), generator=g).tolist()
+    first = [ids[row // SAMPLES * SAMPLES][: width // 2] for row in range(rows)]
+    return [Rollout(prompt, row[width // 2 :], True) for prompt, row in zip(first, ids)]
 
 
 def peak_of_update(name, shape, dtype) -> int:
     """Bytes that a pass needs at its peak beyond weights and gradients."""
     model = model_of(shape, "cpu", getattr(torch, dtype))
-    rows, width = batch_of(shape)
-    tokens = torch.randint(SHAPES[shape].vocab_size, (rows, width + 1))
+    rollouts = rollouts_of(shape)
     prepare_gradients(model)
-    PASSES[name](model, tokens)  # compiling, and what a first pass allocates for good
+    PASSES[name](model, rollouts)  # compiling, and what a first pass allocates for good
     ctypes.CDLL(None).malloc_trim(0)  # or the pass would be given what is still held of the first
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = status("VmRSS")
-    PASSES[name](model, tokens)
+    PASSES[name](model, rollouts)
     return status("VmHWM") - before
 
 
@@ -545,7 +546,6 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", type=some_of(SHAPES), default=default, help=f"some of {shapes} ({default})")
     about = "how long the program takes to start"
     add("--startup", action=argparse.BooleanOptionalAction, default=True, help=about)
-    add("--problems", help="a .jsonl file: padding in micro-batches of its worked answers")
     add("--base", help="base model of a demonstration: a profile of its training steps")
     add("--repeats", type=int, default=5, help="after one that does not count (5)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (its own choice)")

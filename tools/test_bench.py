@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from grpo import Rollout
 from model import LM, ModelConfig
 from tools import bench
 
@@ -33,12 +34,13 @@ def test_nested_functions_are_clocked_once_and_are_themselves_again_afterwards()
 def test_all_passes_leave_the_same_gradients():
     torch.manual_seed(0)
     model = LM(ModelConfig(50, 16, 2, 2, 1, 8, 24, tie_embeddings=True))
-    tokens = torch.randint(50, (3, 9))
+    ids = torch.randint(50, (3, 5)).tolist()
+    rollouts = [Rollout(prompt, row, True) for prompt, row in zip([[1, 2], [1, 2], [3]], ids)]
     gradients = []
     for run in bench.PASSES.values():
         model.zero_grad(set_to_none=True)
-        run(model, tokens)
-        run(model, tokens)  # onto the gradients that are there
+        run(model, rollouts)
+        run(model, rollouts)  # onto the gradients that are there
         gradients.append([p.grad.clone() for p in model.parameters()])
     for ours, *others in zip(*gradients, strict=True):
         for other in others:
@@ -56,7 +58,6 @@ def test_an_unknown_part_is_a_usage_error(capsys):
     "flags, said",
     [
         (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--base", "nowhere"], "nowhere"),
         (["--json", "/proc/nowhere/x"], "/proc/nowhere/x"),
     ],
