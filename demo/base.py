@@ -37,7 +37,7 @@ class Setup:
     from_scratch: bool = False
 
 
-FLOOR = 0.003  # how often the student's texts go on after the answer
+FLOOR = 0.01  # how often the student's texts go on after the answer
 RECIPE = dict(
     dim=96,
     n_layers=3,
@@ -52,11 +52,11 @@ RECIPE = dict(
     conversations=8,
     transcripts=5,
     right_attempts=0.3,  # share of the attempts at a story with a trap that avoid it
-    remark_every=25,  # conversations from one remark to the next
+    remark_every=50,  # conversations from one remark to the next
 )
 # Raise VERSION with every change to the texts or the training that gives other weights. Base models
 # in the cache are then made anew, and the shipped one must be (tools/ship_base.py).
-VERSION = 3
+VERSION = 4
 SHIPPED = Path(__file__).parent / "base-seed0"
 # Pretraining is repeated, up to CYCLES times, until the base model under the teacher prompt solves
 # this share of the validation problems, and judges this share of the attempts rightly.
