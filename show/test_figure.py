@@ -69,9 +69,9 @@ def test_the_readme_shows_the_picture_and_tells_it_in_words():
     assert f"![{figure.description(CURVES)}](docs/figures/demonstration.svg)" in readme
 
 
-def test_the_readmes_result_is_that_of_five_seeds():
+def test_the_readmes_result_is_that_of_ten_seeds():
     readme = (figure.ROOT / "README.md").read_text()
-    runs = [summary(seed) for seed in range(5)]
+    runs = [summary(seed) for seed in range(10)]
     for title, key in (
         ("accuracy", "accuracy"),
         ("accuracy of the first answer", "first_answer_accuracy"),
@@ -81,7 +81,7 @@ def test_the_readmes_result_is_that_of_five_seeds():
         cells = []
         for name in ("base", "grpo", "thinktuning"):
             values = [run[name][key] for run in runs]
-            cells.append(f"{sum(values) / 5:.3f} ({min(values):.3f}–{max(values):.3f})")
+            cells.append(f"{sum(values) / 10:.3f} ({min(values):.3f}–{max(values):.3f})")
         assert f"| {title} | {' | '.join(cells)} |" in readme
 
 
@@ -90,14 +90,18 @@ def span(values) -> str:
     return f"{low}%" if low == high else f"{low} to {high}%"
 
 
-def test_the_readmes_line_on_planted_attempts_is_that_of_five_seeds():
+def test_the_readmes_lines_on_planted_attempts_are_those_of_ten_seeds():
     readme = " ".join((figure.ROOT / "README.md").read_text().split())
-    runs = [summary(seed) for seed in range(5)]
+    runs = [summary(seed) for seed in range(10)]
+    planted = {kind: [run["planted"][kind] for run in runs] for kind in runs[0]["planted"]}
+    alone = span([1 - found["goes_on"] for found in planted["right"]])
+    other = planted["other_story"]
+    mended = span([found["goes_on"] * found["names_line"] for found in other])
+    taken = span([found["takes_over"] for found in planted["slip_before"]])
     named = span([run["thinktuning"]["names_line"] for run in runs])
-    taken = span([run["planted"]["slip_before"]["takes_over"] for run in runs])
-    alone = span([1 - run["planted"]["right"]["goes_on"] for run in runs])
     teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
-    assert f"names the wrong line in {named} of its reflections" in readme
-    assert f"the attempt's own number in {taken} of the cases" in readme
-    assert f"it leaves {alone} alone" in readme
+    assert f"It leaves {alone} alone" in readme
+    assert f"it names that wrong line in {mended}" in readme
+    assert f"the attempt's own number in {taken}" in readme
+    assert f"names the wrong line in {named}" in readme
     assert f"solves {teacher} of these problems" in readme
