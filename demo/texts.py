@@ -59,7 +59,7 @@ def conversation(rng: random.Random, story: Story, recipe: dict, remark: str = "
     always has one, because the student ends after any attempt.
     """
     is_right = story.trap is None or (not remark and rng.random() < recipe["right_attempts"])
-    own = float(story.trap is None or not is_right)
+    own = recipe["student_weight"] * (story.trap is None or not is_right)
     text = asked(story)
     text += [(SPEAKER_TAGS["assistant"], 0.0), *weighed(worked_out(story, not is_right), own)]
     if remark:
@@ -163,7 +163,7 @@ def write_vocabulary(path: Path) -> None:
     """Make data/wordproblems.tiktoken: all bytes, the numbers 0 to 20, the pieces of the texts."""
     rng = random.Random("vocabulary")
     pieces = {str(n) for n in range(MOST + 1)}
-    recipe = dict(right_attempts=0.5)
+    recipe = dict(right_attempts=0.5, student_weight=1.0)
     for i in range(3000):
         story = make_story(rng, 1 + i % len(DAYS), "train")
         read = conversation(rng, story, recipe, rng.choice(REMARKS)), transcript(rng, story, recipe)
