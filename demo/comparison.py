@@ -20,7 +20,7 @@ from demo.printed import chart, planted_table, same_question, table
 from run.loop import Loop
 from run.record import Run, write_json
 from show.report import write_report
-from teacher import make_teacher
+from teacher import Feedback, make_teacher
 
 METHODS = ("grpo", "thinktuning")
 HELD_OUT = ("validation", "test")
@@ -169,7 +169,9 @@ def train_one(
 def examine(setup: Setup, student, problems, samples=1):
     """Scores on `problems`, greedy and sampled, and the records of the greedy responses.
 
-    The greedy scores are also split by the number of operations in a problem.
+    The greedy scores are also split by the number of operations in a problem. `teacher_format` is
+    the share of greedy responses that hold one of the teacher's tags: nobody wants the student to
+    write these, and no reward forbids it.
     """
     tokenizer, max_tokens = setup.tokenizer, setup.config.max_tokens
     scores, records = setup.evaluate(student, tokenizer, problems, max_tokens=max_tokens)
@@ -184,6 +186,8 @@ def examine(setup: Setup, student, problems, samples=1):
         scores[f"sampled_{key}"] = sampled[key]
     scores["sampled_rollouts"] = len(texts)
     scores["names_line"] = names_line(records)
+    tagged = [any(f"{name}>" in text for name in Feedback._fields) for _, text, _ in records]
+    scores["teacher_format"] = sum(tagged) / len(records)
     return scores, records
 
 

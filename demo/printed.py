@@ -32,6 +32,8 @@ def table(results, teacher_prompt, count) -> str:
         lines.append(table_row(title, [cell.format(**model) for model in models]))
     names = [shown(model["names_line"]) for model in models]
     lines.append(table_row("  names the line that is wrong", names))
+    tags = [f"{model['teacher_format']:.3f}" for model in models]
+    lines.append(table_row("writes the teacher's tags", tags))
     for n in DIFFICULTY:
         title = f"  {n} day{'s' * (n > 1)}: accuracy, reflects"
         lines.append(table_row(title, [by_operations(model, n) for model in models]))
