@@ -100,8 +100,9 @@ def test_the_readmes_lines_on_planted_attempts_are_those_of_ten_seeds():
     taken = span([found["takes_over"] for found in planted["slip_before"]])
     named = span([run["thinktuning"]["names_line"] for run in runs])
     teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
-    assert f"It leaves {alone} alone" in readme
+    mean = sum(1 - found["goes_on"] for found in planted["right"]) / 10
+    assert f"It leaves {alone} alone (mean {mean:.0%})" in readme
     assert f"it names that wrong line in {mended}" in readme
     assert f"the attempt's own number in {taken}" in readme
-    assert f"names the wrong line in {named}" in readme
+    assert f"Of its own attempts it names the wrong line in {named} (" in readme
     assert f"solves {teacher} of these problems" in readme
