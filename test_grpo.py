@@ -763,10 +763,8 @@ def test_the_kl_terms_reference_has_the_same_temperature(temperature):
     assert metrics["grad_norm"] < 1e-6 and metrics["loss"] == 0  # π_θ is π_ref
 
 
-@pytest.mark.parametrize("temperature", (1.0, 0.7))
-def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(
-    temperature, monkeypatch
-):
+def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(monkeypatch):
+    temperature = 0.7
     model = tiny_model(tie_embeddings=True)
     rng, rollouts = random.Random(0), []
     for i in range(60):
