@@ -322,15 +322,16 @@ def batch_losses(
     batch = collate(rollouts, settings.guided_tokens, model.device)
     tokens, mask, guided, old_logprobs, advantages = batch
     # One policy everywhere: π_θ, π_old, π_ref and the entropy have the same temperature.
-    same: dict[str, Any] = dict(temperature=settings.temperature)
-    same["shared"] = SharedPrompts(rollouts, model)
+    temperature, shared = settings.temperature, SharedPrompts(rollouts, model)
     logprobs, entropy = token_logprobs(
-        model, tokens, mask, entropy=True, head_grad=head_grad, **same
+        model, tokens, mask, True, head_grad, temperature=temperature, shared=shared
     )
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, tokens, mask, **same)
+            ref_logprobs = token_logprobs(
+                reference, tokens, mask, temperature=temperature, shared=shared
+            )
     losses, measured = token_losses(
         logprobs, old_logprobs, advantages, mask, guided, settings, ref_logprobs
     )

@@ -40,22 +40,26 @@ def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
     longest: dict[tuple[int, ...], int] = defaultdict(int)  # response of each prompt
     for r in rollouts:
         longest[tuple(r.prompt)] = max(longest[tuple(r.prompt)], len(r.response))
-    of_prompt = {p: (len(p) + n, p) for p, n in longest.items()}  # a group's stay together
-    rollouts = sorted(rollouts, key=lambda r: (of_prompt[tuple(r.prompt)], len(r.response)))
+    # A prompt's rollouts stay together: the short texts first, and of a prompt the short responses.
+    in_order = sorted(longest, key=lambda prompt: (len(prompt) + longest[prompt], prompt))
+    number = {prompt: i for i, prompt in enumerate(in_order)}
+    numbered = [(number[tuple(r.prompt)], r) for r in rollouts]
+    numbered.sort(key=lambda pair: (pair[0], len(pair[1].response)))
     # Of the first 0, 1, ... n rollouts: the least cost, and the batches that have it.
     best: list[tuple[float, list[list[R]]]] = [(0.0, [])]
-    for n in range(1, len(rollouts) + 1):
+    for n in range(1, len(numbered) + 1):
         choices: list[tuple[float, int]] = []
         prompts, P, T = set(), 0, 0
         for i in reversed(range(n)):  # where the last batch may begin
-            prompts.add(tuple(rollouts[i].prompt))
-            P, T = max(P, len(rollouts[i].prompt)), max(T, len(rollouts[i].response))
+            prompt, r = numbered[i]
+            prompts.add(prompt)
+            P, T = max(P, len(r.prompt)), max(T, len(r.response))
             tokens = len(prompts) * P + (n - i) * T
             if choices and tokens > size:
                 break
             choices.append((best[i][0] + tokens + size / 16, i))
         cost, start = min(choices)
-        best.append((cost, [*best[start][1], rollouts[start:n]]))
+        best.append((cost, [*best[start][1], [r for _, r in numbered[start:n]]]))
     return best[-1][1]
 
 
