@@ -15,6 +15,7 @@ ROWS = (  # a title, and the row's cell in terms of a model's scores
     ("accuracy, sampled", "{sampled_accuracy:.3f}"),
     ("accuracy of the first answer", "{first_answer_accuracy:.3f}"),
     ("wrong → right, right → wrong", "{wrong_to_right}, {right_to_wrong}"),
+    ("writes the teacher's tags", "{teacher_format:.3f}"),
     ("reflects: answers a second time", "{reflection_rate:.3f}"),
     ("  sampled", "{sampled_reflection_rate:.4f}"),
     ("  when the first answer is wrong", "{reflection_rate_first_wrong:.3f}"),
@@ -32,8 +33,6 @@ def table(results, teacher_prompt, count) -> str:
         lines.append(table_row(title, [cell.format(**model) for model in models]))
     names = [shown(model["names_line"]) for model in models]
     lines.append(table_row("  names the line that is wrong", names))
-    tags = [f"{model['teacher_format']:.3f}" for model in models]
-    lines.append(table_row("writes the teacher's tags", tags))
     for n in DIFFICULTY:
         title = f"  {n} day{'s' * (n > 1)}: accuracy, reflects"
         lines.append(table_row(title, [by_operations(model, n) for model in models]))

@@ -25,6 +25,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -462,10 +463,6 @@ def our_pass(model, rollouts, share=True):
     model.embed.sparse = False
 
 
-def repeated_prompts_pass(model, rollouts):
-    our_pass(model, rollouts, share=False)
-
-
 def full_logits_pass(model, rollouts):
     prepare_gradients(model)
     tokens, mask, *_ = collate(rollouts, device=model.device)
@@ -485,7 +482,7 @@ def compiled_pass(model, rollouts):
 
 PASSES = {
     "ours": our_pass,
-    "the prompt once a sample": repeated_prompts_pass,
+    "the prompt once a sample": partial(our_pass, share=False),
     "full logits": full_logits_pass,
     "compiled": compiled_pass,
 }
