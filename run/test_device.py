@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sampler
 from grpo import Rollout, update
@@ -48,23 +48,29 @@ class Pretended(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __getitem__(self, key):
-        return super().__getitem__(
-            tree_map(self.index, key) if type(key) is tuple else self.index(key)
-        )
+        return super().__getitem__(on_the_device(key))
 
     def __setitem__(self, key, value):
-        key = tree_map(self.index, key) if type(key) is tuple else self.index(key)
-        super().__setitem__(key, value)
+        super().__setitem__(on_the_device(key), value)
 
     def tolist(self):
         return self.cpu().tolist()
 
-    def index(self, key):
-        return torch.tensor(key, device=NAME) if type(key) is list else key
-
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise RuntimeError(f"{function} outside of the device")
+
+
+def on_the_device(key):
+    """An index whose lists are tensors of the device: torch would make them on the CPU."""
+    if type(key) is tuple:
+        return tuple(map(on_the_device, key))
+    return torch.tensor(key, device=NAME) if type(key) is list else key
+
+
+def has_a_place(x):
+    """Whether it must be on the device: the CPU's numbers without a dimension go with any."""
+    return isinstance(x, Pretended) or isinstance(x, torch.Tensor) and x.dim() > 0
 
 
 class Device(TorchDispatchMode):
@@ -73,38 +79,23 @@ class Device(TorchDispatchMode):
         self.waits = []  # the lines that wait for the device, each with the functions it is in
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        packet = function.overloadpacket
-        there = []
-
-        def look(x):
-            if isinstance(x, torch.Tensor) and not (x.dim() == 0 and not isinstance(x, Pretended)):
-                there.append(isinstance(x, Pretended))
-            return x
-
-        tree_map(look, (args, kwargs))
+        packet, kwargs = function.overloadpacket, dict(kwargs or {})
+        there = [isinstance(x, Pretended) for x in tree_leaves((args, kwargs)) if has_a_place(x)]
         to = kwargs.get("device")
-        if packet in MOVING:
-            if any(there) and (packet is aten._to_copy and to is not None and to.type == "cpu"):
-                self.wait(function)
-            if packet is aten.copy_ and len(set(there)) > 1 and not there[0]:
-                self.wait(function)  # into a tensor of the CPU
-        elif any(there) and not all(there):
-            raise RuntimeError(f"{function} mixes the device with the CPU: {self.line()}")
-        if any(there) and (packet in ASKING or self.indexes_with_bools(packet, args)):
-            self.wait(function)
-        on_device = any(there) if to is None else torch.device(to) == NAME
+        stays = any(there) if to is None else torch.device(to) == NAME  # on the device
         if packet is aten.copy_:
-            on_device = there[0]
+            stays = there[:1] == [True]
+        if any(there) and packet not in MOVING and not all(there):
+            raise RuntimeError(f"{function} mixes the device with the CPU: {self.line()}")
+        if any(there) and (not stays or packet in ASKING or self.indexes_with_bools(packet, args)):
+            self.wait(function)
         if to is not None:
             kwargs["device"] = torch.device("cpu")
-        plain = tree_map(lambda x: x.numbers if isinstance(x, Pretended) else x, (args, kwargs))
-        found = function(*plain[0], **plain[1])
+        numbers, options = tree_map_only(Pretended, lambda x: x.numbers, (args, kwargs))
+        found = function(*numbers, **options)
         if function._schema.is_mutable and args and isinstance(found, torch.Tensor):
             return args[0]  # in place
-        if not on_device:
-            return found
-        return tree_map(lambda x: Pretended(x) if isinstance(x, torch.Tensor) else x, found)
+        return tree_map_only(torch.Tensor, Pretended, found) if stays else found
 
     def indexes_with_bools(self, packet, args):
         if packet not in (aten.index, aten.index_put, aten.index_put_):
