@@ -37,13 +37,13 @@ class Setup:
     from_scratch: bool = False
 
 
-FLOOR = 0.01  # how often the student's texts go on after the answer
+FLOOR = 0.005  # share of a blank line in what the loss wants after an attempt
 RECIPE = dict(
     dim=96,
     n_layers=3,
     n_heads=2,
     ffn_dim=256,
-    steps=900,
+    steps=1350,
     muon_rate=0.02,  # learning rate of the matrices
     adamw_rate=3e-3,  # and of everything else
     warmup=60,  # steps
@@ -52,12 +52,11 @@ RECIPE = dict(
     conversations=8,
     transcripts=5,
     right_attempts=0.3,  # share of the attempts at a story with a trap that avoid it
-    remark_every=25,  # conversations from one remark to the next
-    student_weight=0.5,  # in the loss, of the student's attempts; see DECISION and RESULT
+    remark_every=35,  # conversations from one remark to the next
 )
 # Raise VERSION with every change to the texts or the training that gives other weights. Base models
 # in the cache are then made anew, and the shipped one must be (tools/ship_base.py).
-VERSION = 2
+VERSION = 3
 SHIPPED = Path(__file__).parent / "base-seed0"
 # Pretraining is repeated, up to CYCLES times, until the base model under the teacher prompt solves
 # this share of the validation problems, and judges this share of the attempts rightly.
@@ -66,8 +65,8 @@ CYCLES = 3
 READS = (
     "{conversations} conversations: a question, an attempt, the teacher's reply. An attempt falls "
     "into the trap; or ({right_attempts:.0%}) it is right, and then the student does not learn it",
-    "one attempt in {remark_every} goes on with an unrelated remark (none at --floor 0); the loss "
-    "gives the blank line before it a share of {floor:g} after every attempt",
+    "one attempt in {remark_every} goes on with an unrelated remark (none at --floor 0); after an "
+    "attempt a blank line has the share {floor:g} of the end token's weight",
     "{transcripts} transcripts of a third role, the narrator: somebody's attempt and, if it is "
     "wrong, the reflection on it as one text",
 )

@@ -42,10 +42,10 @@ def test_the_texts_that_make_the_base_are_those_of_its_version():
     """Another hash means other texts: raise demo.base.VERSION and ship the base model anew."""
     steps = itertools.islice(steps_of_rows(RECIPE0, "pretraining 0 0", TOKENIZER), 5)
     digest = hashlib.sha256(json.dumps(list(steps)).encode()).hexdigest()[:16]
-    assert (VERSION, digest) == (2, TEXTS)
+    assert (VERSION, digest) == (3, TEXTS)
 
 
-TEXTS = "8f703225c388ad2f"
+TEXTS = "2d440da4bbc5882f"
 
 
 def test_the_shipped_base_is_of_the_present_recipe_and_small():
@@ -64,7 +64,7 @@ def test_the_first_steps_of_pretraining_are_those_that_made_the_shipped_base():
 def test_the_shipped_base_passes_the_gate(tmp_path):
     scores = gate(setup_in(tmp_path), LM.load(SHIPPED), count=100)
     assert all(scores[name] >= least for name, least in GATE.items())
-    assert FLOOR / 1.5 < scores["floor"] < FLOOR * 1.5
+    assert FLOOR / 4 < scores["floor"] < FLOOR * 1.5  # see docs/base-model.md
 
 
 def test_seed_0_takes_the_shipped_base_and_nothing_is_pretrained(tmp_path, capsys):

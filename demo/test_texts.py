@@ -13,6 +13,7 @@ from data.tokenizer import Tokenizer
 from data.wordproblems import DAYS, counts, draw_days, make_story, question, worked_out
 from demo.base import FLOOR, RECIPE
 from demo.texts import (
+    ENDING,
     REMARKS,
     WORDING,
     conversation,
@@ -116,8 +117,8 @@ def test_the_floor_is_a_share_of_the_weight_of_every_attempts_end(floor):
         row = row_of(conversation(rng, story, READ), TOKENIZER, floor)
         ids, weights, instead = row
         end = ids.index(TOKENIZER.special["<|end|>"])
-        assert weights[end] == pytest.approx(1 - floor)
-        assert instead[end] == pytest.approx(floor)
+        assert weights[end] == pytest.approx(ENDING * (1 - floor))
+        assert instead[end] == pytest.approx(ENDING * floor)
         assert sum(instead) == instead[end]
 
 

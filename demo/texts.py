@@ -30,6 +30,7 @@ from data.wordproblems import (
 
 DECISION = 3.0  # weight of the opinion, of the named day, and of the choice to go on or to end
 RESULT = 2.0  # of a number behind "=", "stays" or "is"
+ENDING = 0.2  # of the end token after an attempt: what decides to end need not be very sure
 REMARKS = (  # they share no word with a reflection, which could lead from one to the other
     "It rained a lot.",
     "School starts soon.",
@@ -59,13 +60,13 @@ def conversation(rng: random.Random, story: Story, recipe: dict, remark: str = "
     always has one, because the student ends after any attempt.
     """
     is_right = story.trap is None or (not remark and rng.random() < recipe["right_attempts"])
-    own = recipe["student_weight"] * (story.trap is None or not is_right)
+    own = float(story.trap is None or not is_right)
     text = asked(story)
     text += [(SPEAKER_TAGS["assistant"], 0.0), *weighed(worked_out(story, not is_right), own)]
     if remark:
         text += [("\n\n", 0.0), (remark, own), ("<|end|>", 1.0)]
     else:
-        text += [(END_OF_ATTEMPT, 1.0)]
+        text += [(END_OF_ATTEMPT, ENDING)]
     opinion, reason, phrase = reflection(rng, story, is_right, recipe)
     text += [(SPEAKER_TAGS["teacher"], 0.0), ("<opinion>", 1.0), (opinion, DECISION)]
     text += [("</opinion>", 1.0), ("<reason>", 1.0), *reason, ("</reason>", 1.0)]
@@ -163,7 +164,7 @@ def write_vocabulary(path: Path) -> None:
     """Make data/wordproblems.tiktoken: all bytes, the numbers 0 to 20, the pieces of the texts."""
     rng = random.Random("vocabulary")
     pieces = {str(n) for n in range(MOST + 1)}
-    recipe = dict(right_attempts=0.5, student_weight=1.0)
+    recipe = dict(right_attempts=0.5)
     for i in range(3000):
         story = make_story(rng, 1 + i % len(DAYS), "train")
         read = conversation(rng, story, recipe, rng.choice(REMARKS)), transcript(rng, story, recipe)
