@@ -171,11 +171,14 @@ def teacher_prompt_scores(base, tokenizer, records, config) -> dict[str, float]:
 
 @torch.no_grad()
 def floor(model: LM, tokenizer: Tokenizer, records) -> float:
-    """The mean probability that the model goes on, with a blank line, after its own attempt."""
+    """The mean probability that the model goes on, with a blank line, after its own attempt.
+
+    It is 0 over no attempt.
+    """
     blank_line = tokenizer.encode("\n\n")[0]
     found = []
     for problem, text, _ in records:
         ids = student_prompt(tokenizer, problem.question) + tokenizer.encode(text)
         logits = model(torch.tensor([ids]))[0, -1]
         found.append(logits.softmax(-1)[blank_line].item())
-    return sum(found) / len(found)
+    return sum(found) / max(1, len(found))

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 from data import load_problems
+from data.reward import is_correct
 from data.scores import reflects, score
 from data.wordproblems import problem_of, question, stories, wrong_day
 from demo.base import Setup, base_model, floor, teacher_prompt_scores
@@ -44,7 +45,8 @@ def demonstrate(setup: Setup):
     results, records, curves = {}, {}, {}
     scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 6)
     reference = teacher_prompt_scores(base, setup.tokenizer, records["base"], config)
-    scores["floor"] = floor(base, setup.tokenizer, records["base"])
+    for name, part in by_correctness(records["base"]).items():
+        scores[f"floor{name}"] = floor(base, setup.tokenizer, part)
     for key in ("accuracy", "accuracy_se"):
         scores[f"teacher_prompt_{key}"] = reference[key]
     results["base"] = {**scores, "seconds": clock.seconds["pretrain"]}
@@ -71,6 +73,13 @@ def demonstrate(setup: Setup):
     print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
         print("a quick run only checks that everything runs: it is too short to show anything")
+
+
+def by_correctness(records) -> dict[str, list]:
+    """All records, those whose attempt is wrong, and those whose attempt is right."""
+    right = [record for record in records if is_correct(record[1], record[0].answer)]
+    wrong = [record for record in records if not is_correct(record[1], record[0].answer)]
+    return {"": records, "_wrong": wrong, "_right": right}
 
 
 class Clock:

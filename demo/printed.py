@@ -49,8 +49,9 @@ def table(results, teacher_prompt, count) -> str:
     rollouts = base["sampled_rollouts"]
     reflecting = round(base["sampled_reflection_rate"] * rollouts)
     lines.append(
-        f"the base, sampled at temperature 1: {reflecting} of {rollouts:,} rollouts reflect; "
-        f"floor {base['floor']:.4f}"
+        f"the base, sampled at temperature 1: {reflecting} of {rollouts:,} rollouts reflect;\n"
+        f"its floor: {base['floor']:.4f}, {base['floor_wrong']:.4f} after wrong attempts "
+        f"and {base['floor_right']:.4f} after right ones"
     )
     return "\n".join(lines)
 
