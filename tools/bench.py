@@ -21,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from datetime import date
@@ -44,6 +43,7 @@ from run.loop import Loop
 from sampler import generate, prefill
 from teacher import make_teacher
 from thinktuning import train
+from tools.peers import beside_trl, transformers_generate
 
 HOME = Path(__file__).resolve().parents[1]  # where the program is
 
@@ -203,28 +203,17 @@ class Bench:
         rivals = {
             "ours": lambda: generate(self.model, prompts, samples=SAMPLES, **SAMPLING),
             "the prompt once a sample": lambda: generate(self.model, repeated, **SAMPLING),
-            **self.peers(torch.tensor(repeated)),
         }
+        if peer := transformers_generate(self.model, repeated, LENGTH):
+            rivals["transformers"] = peer
+        else:
+            self.note("transformers is not installed: it is not compared")
         self.compare_rollouts(count, rivals)
         # Without a cache every step costs more than the last: four of them stand for all.
         steps = range(0, LENGTH, LENGTH // 4)
         s = self.times({"": lambda: [self.uncached_step(repeated, t) for t in steps]})[""]
         s = [x * LENGTH / len(steps) for x in s]
         self.report(f"no cache, {count} x {SAMPLES} (16 times every 16th step)", s)
-
-    def peers(self, prompts) -> dict:
-        """transformers' generate with the same weights, if it is installed."""
-        try:
-            import transformers
-        except ImportError:
-            self.note("transformers is not installed: it is not compared")
-            return {}
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save(folder)
-            peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
-        options = dict(do_sample=True, top_k=0, min_new_tokens=LENGTH, max_new_tokens=LENGTH)
-        options |= dict(attention_mask=torch.ones_like(prompts), pad_token_id=0)
-        return {"transformers": lambda: peer.generate(prompts, **options)}
 
     def rollouts_on_a_gpu(self, count):
         prompts = self.prompts(count)
@@ -363,6 +352,16 @@ class Bench:
         self.report("whole GRPO step", seconds, note, floor_s=floor, ratio=ratio)
         for name, s in spent.items():
             self.report(f"  {name}", s[1:], f"{statistics.median(s[1:]) / median:.0%}")
+        if self.device != "cpu":
+            return
+        pair = beside_trl(self.model, prompts, SAMPLES, LENGTH, self.repeats, step)
+        if pair is None:
+            self.note("TRL is not installed (pip install trl): it is not compared")
+            return
+        ours, theirs = pair
+        self.report("whole GRPO step, in turns with TRL's", ours)
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        self.report("TRL's", theirs, f"{ratio:.2f} times the time of ours", ratio=ratio)
 
     def other_parts(self, args):
         """What is measured of no shape."""

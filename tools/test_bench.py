@@ -8,7 +8,7 @@ import torch
 
 from grpo import Rollout
 from model import LM, ModelConfig
-from tools import bench
+from tools import bench, peers
 
 
 class Sleeper:
@@ -45,6 +45,24 @@ def test_all_passes_leave_the_same_gradients():
     for ours, *others in zip(*gradients, strict=True):
         for other in others:
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_peers_read_the_same_tokens_and_sample_as_many():
+    pytest.importorskip("transformers")
+    text = " ".join(f"t{token}" for token in [7, 3, 49, 1])
+    assert peers.words(50)(text)["input_ids"] == [7, 3, 49, 1]
+    model = LM(ModelConfig(50, 16, 2, 2, 1, 8, 24, tie_embeddings=True))
+    found = peers.transformers_generate(model, [[7, 3], [49, 4]], length=5)()
+    assert found[:, :2].tolist() == [[7, 3], [49, 4]] and found.shape == (2, 7)
+
+
+def test_trl_and_ours_take_turns():
+    pytest.importorskip("trl")
+    model, calls = LM(ModelConfig(50, 16, 2, 2, 1, 8, 24, tie_embeddings=True)), []
+    prompts = [[7, 3], [49, 4]]
+    ours, theirs = peers.beside_trl(model, prompts, 4, 5, 2, step=lambda: calls.append(1))
+    assert len(calls) == 3 and len(ours) == len(theirs) == 2
+    assert max(ours) < min(theirs)
 
 
 def test_an_unknown_part_is_a_usage_error(capsys):
