@@ -4,25 +4,38 @@ import json
 import random
 from types import SimpleNamespace
 
+import pytest
+
 import demo.ablations
+import demo.base
 from data.reward import final_answer
 from demo.ablations import settings_of
+from demo.base import SHIPPED
+from model import LM
 from run.config import DEMO, Config
 from teacher import parse_feedback
 from thinktuning import main
 
 
-def test_ablations_run_every_variant(tmp_path, capsys):
+@pytest.fixture
+def trained(monkeypatch):
+    """Every base model is the shipped one: a quick one's responses are long and say nothing."""
+    monkeypatch.setitem(DEMO, "questions", 2)
+    monkeypatch.setattr(demo.base, "pretrain_until_good", lambda setup: LM.load(SHIPPED))
+
+
+def test_ablations_run_every_variant(trained, tmp_path):
     (tmp_path / "summary.json").write_text("the demonstration's table")
-    assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "2"]) == 0
+    assert main(["--quick", "--out", str(tmp_path), "--ablate", "stress", "--repeats", "1"]) == 0
     assert (tmp_path / "summary.json").read_text() == "the demonstration's table"
     rows = json.loads((tmp_path / "ablate-stress.json").read_text())
-    assert rows.keys() == demo.ablations.VARIANTS["stress"].keys() and all(
-        len(v) == 2 for v in rows.values()
-    )
+    assert rows.keys() == demo.ablations.VARIANTS["stress"].keys()
+    assert all(len(outcomes) == 1 for outcomes in rows.values())
 
 
-def test_controls_run_one_after_the_other_and_say_when_they_take_off(tmp_path, capsys, monkeypatch):
+def test_controls_run_one_after_the_other_and_say_when_they_take_off(
+    trained, tmp_path, capsys, monkeypatch
+):
     names = ("ThinkTuning", "supervised, guided as in RL", "guidance begins anew")
     names += ("GRPO", "GRPO, as many tokens")
     variants = {name: demo.ablations.VARIANTS["all"][name] for name in names}
@@ -39,6 +52,16 @@ def test_controls_run_one_after_the_other_and_say_when_they_take_off(tmp_path, c
         assert {"reflection_rate_first_right", "names_line", "generated_tokens"} <= outcome.keys()
         assert outcome["take_off"] is None or 0 <= outcome["take_off"] < outcome["steps"]
     assert "takes off at" in capsys.readouterr().out
+
+
+def test_each_repeat_has_another_seed_and_the_same_base(trained, tmp_path, monkeypatch):
+    variants = {"GRPO": demo.ablations.VARIANTS["all"]["GRPO"]}
+    monkeypatch.setitem(demo.ablations.VARIANTS, "long", variants)
+    options = ["--quick", "--out", str(tmp_path), "--ablate", "long", "--repeats", "2"]
+    assert main(options) == 0
+    rows = json.loads((tmp_path / "ablate-long.json").read_text())
+    assert [outcome["seed"] for outcome in rows["GRPO"]] == [0, 1000]
+    assert len(list(tmp_path.glob("base-*"))) == 1
 
 
 def test_grpo_gets_as_many_steps_as_thinktunings_tokens_are_worth():

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,24 @@ def test_seed_0_takes_the_shipped_base_and_nothing_is_pretrained(tmp_path, capsy
     assert str(SHIPPED) in capsys.readouterr().out
 
 
+def test_a_base_is_made_once_for_each_floor_and_anew_from_scratch(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        demo.base, "pretrain_until_good", lambda setup: made.append(setup) or LM.load(SHIPPED)
+    )
+    first = replace(setup_in(tmp_path), recipe=dict(RECIPE0, seed=1))
+    base_model(first)
+    base_model(first)
+    assert made == [first]
+    scratch = replace(first, from_scratch=True)
+    base_model(scratch)
+    base_model(replace(setup_in(tmp_path), from_scratch=True))  # the shipped one is not taken
+    other = replace(first, recipe=dict(RECIPE0, seed=1, floor=0.0))
+    base_model(other)
+    assert made[1] == scratch and len(made) == 4
+    assert len(list(tmp_path.glob("base-*"))) == 3
+
+
 def test_the_floor_is_the_mean_probability_of_a_blank_line_after_the_attempt():
     base = LM.load(SHIPPED)
     problems = load_problems("wordproblems", "validation")[:3]
@@ -110,6 +130,7 @@ def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(RECIPE, "steps", 2)
+    monkeypatch.setattr(demo.base, "gate", partial(gate, count=20))
     assert main(["--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert printed.out.count("validation:") == demo.base.CYCLES
