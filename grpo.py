@@ -351,7 +351,7 @@ def snapshot(
         tokens, mask, *_ = collate(batch, device=model.device)
         shared = SharedPrompts(batch, model)
         logprobs = token_logprobs(model, tokens, mask, temperature=temperature, shared=shared)
-        for r, row, own in zip(batch, logprobs, mask):
+        for r, row, own in zip(batch, logprobs.cpu(), mask.cpu()):
             r.old_logprobs = row[own].tolist()
     for r in rollouts:
         n, known = len(r.response), len(r.old_logprobs or ())

@@ -17,6 +17,7 @@ from data.reward import is_correct
 from data.scores import mean_and_se
 from data.tokenizer import Tokenizer
 from demo.pretraining import pretrain
+from demo.texts import WORDING
 from model import LM
 from run.config import DEMO, Config, RunFailed
 from teacher import make_teacher
@@ -59,12 +60,16 @@ RECIPE = dict(
 VERSION = 3
 SHIPPED = Path(__file__).parent / "base-seed0"
 # Pretraining is repeated, up to CYCLES times, until the base model under the teacher prompt solves
-# this share of the validation problems, and judges this share of the attempts rightly.
+# this share of the validation problems, and judges this share of the attempts rightly; and until it
+# begins a reflection by itself after no more than this share of its wrong attempts. From a student
+# that samples reflections now and then, RL alone could learn them.
 GATE = {"teacher": 0.90, "opinion": 0.95}
+LEAK = 1e-4
 CYCLES = 3
 READS = (
-    "{conversations} conversations: a question, an attempt, the teacher's reply. An attempt falls "
-    "into the trap; or ({right_attempts:.0%}) it is right, and then the student does not learn it",
+    "{conversations} conversations: a question, an attempt, the teacher's reply. At a trap the "
+    "attempt falls into it; or ({right_attempts:.0%}) it is right, and then the student does not "
+    "learn it",
     "one attempt in {remark_every} goes on with an unrelated remark (none at --floor 0); after an "
     "attempt a blank line has the share {floor:g} of the end token's weight",
     "{transcripts} transcripts of a third role, the narrator: somebody's attempt and, if it is "
@@ -121,15 +126,18 @@ def pretrain_until_good(setup: Setup) -> LM:
         scores = gate(setup, base)
         print(
             "validation: {student:.3f} right as student, {teacher:.3f} under the teacher prompt, "
-            "whose opinion is right in {opinion:.3f}; floor {floor:.4f}".format_map(scores)
+            "whose opinion is right in {opinion:.3f}; goes on after an attempt with probability "
+            "{floor:.4f}, begins a reflection after a wrong one with {leak:.1e}".format_map(scores)
         )
-        if setup.quick or all(scores[name] >= least for name, least in GATE.items()):
+        able = all(scores[name] >= least for name, least in GATE.items())
+        if setup.quick or able and scores["leak"] <= LEAK:
             return base
     raise RunFailed(
         f"after {CYCLES} rounds of pretraining the base model solves {scores['teacher']:.0%} of "
         f"validation problems under the teacher prompt and judges {scores['opinion']:.0%} of the "
-        f"attempts rightly; a useful teacher needs {GATE['teacher']:.0%} and "
-        f"{GATE['opinion']:.0%}. Try another --seed"
+        f"attempts rightly, where a useful teacher needs {GATE['teacher']:.0%} and "
+        f"{GATE['opinion']:.0%}; as the student it begins a reflection with probability "
+        f"{scores['leak']:.1e}, where {LEAK:.0e} is allowed. Try another --seed"
     )
 
 
@@ -142,11 +150,13 @@ def gate(setup: Setup, base: LM, count: int = 200) -> dict[str, float]:
     problems = load_problems("wordproblems", "validation")[:count]
     scores, records = setup.evaluate(base, setup.tokenizer, problems, max_tokens=config.max_tokens)
     teacher = teacher_prompt_scores(base, setup.tokenizer, records, config)
+    found = floors(base, setup.tokenizer, records)
     return {
         "student": scores["accuracy"],
         "teacher": teacher["accuracy"],
         "opinion": teacher["opinion_accuracy"],
-        "floor": floor(base, setup.tokenizer, records),
+        "floor": found["floor"] or 0.0,
+        "leak": found["begins_reflection"] or 0.0,
     }
 
 
@@ -169,16 +179,31 @@ def teacher_prompt_scores(base, tokenizer, records, config) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def floor(model: LM, tokenizer: Tokenizer, records) -> float:
-    """The mean probability that the model goes on, with a blank line, after its own attempt.
+def floors(model: LM, tokenizer: Tokenizer, records) -> dict[str, float | None]:
+    """Mean probabilities after the model's own attempts; None over no attempt.
 
-    It is 0 over no attempt.
+    Of a blank line: after all (`floor`), after the wrong ones, after the right ones. And of a blank
+    line with the first word of a reflection, after the wrong ones (`begins_reflection`).
     """
-    blank_line = tokenizer.encode("\n\n")[0]
-    found = []
+    found: dict[str, list[float]] = {
+        name: [] for name in ("floor", "floor_wrong", "floor_right", "begins_reflection")
+    }
     for problem, text, _ in records:
-        ids = student_prompt(tokenizer, problem.question) + tokenizer.encode(text)
-        logits = model(torch.tensor([ids]))[0, -1]
-        found.append(logits.softmax(-1)[blank_line].item())
-    return sum(found) / max(1, len(found))
+        blank_line, reflection = goes_on(model, tokenizer, problem.question, text)
+        right = is_correct(text, problem.answer)
+        found["floor"].append(blank_line)
+        found["floor_right" if right else "floor_wrong"].append(blank_line)
+        if not right:
+            found["begins_reflection"].append(reflection)
+    return {name: sum(shares) / len(shares) if shares else None for name, shares in found.items()}
+
+
+@torch.no_grad()
+def goes_on(model: LM, tokenizer: Tokenizer, question: str, attempt: str) -> tuple[float, float]:
+    """The probability of a blank line after this attempt, and of one that a reflection follows."""
+    (blank_line,) = tokenizer.encode("\n\n")
+    first_words = [tokenizer.encode(reason)[0] for _, reason in WORDING.values()]
+    ids = [*student_prompt(tokenizer, question), *tokenizer.encode(attempt), blank_line]
+    at_end, after_it = model(torch.tensor([ids]))[0, -2:].softmax(-1)
+    blank = at_end[blank_line].item()
+    return blank, blank * after_it[sorted(set(first_words))].sum().item()

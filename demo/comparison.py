@@ -12,10 +12,9 @@ import time
 from dataclasses import replace
 
 from data import load_problems
-from data.reward import is_correct
 from data.scores import reflects, score
 from data.wordproblems import problem_of, question, stories, wrong_day
-from demo.base import Setup, base_model, floor, teacher_prompt_scores
+from demo.base import Setup, base_model, floors, teacher_prompt_scores
 from demo.planted import COUNT, examine_planted, named_day, planted_attempts
 from demo.printed import chart, planted_table, same_question, table
 from run.loop import Loop
@@ -42,11 +41,10 @@ def demonstrate(setup: Setup):
     base = base_model(setup)
     clock.lap("pretrain")
     test = held_out_problems(setup)
-    results, records, curves = {}, {}, {}
+    results, records, curves, students = {}, {}, {}, {}
     scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 6)
     reference = teacher_prompt_scores(base, setup.tokenizer, records["base"], config)
-    for name, part in by_correctness(records["base"]).items():
-        scores[f"floor{name}"] = floor(base, setup.tokenizer, part)
+    scores |= floors(base, setup.tokenizer, records["base"])
     for key in ("accuracy", "accuracy_se"):
         scores[f"teacher_prompt_{key}"] = reference[key]
     results["base"] = {**scores, "seconds": clock.seconds["pretrain"]}
@@ -57,11 +55,12 @@ def demonstrate(setup: Setup):
         clock.lap(method)
         if not save_trained(setup, student, method, curves[method]):
             return
+        students[method] = student
         scores, records[method] = examine(setup, student, test)
         results[method] = {**scores, "seconds": clock.seconds[method]}
         clock.lap("examining")
     count = 20 if setup.quick else COUNT
-    planted = examine_planted(student, setup.tokenizer, config.max_tokens, count)
+    planted = examine_planted(students["thinktuning"], setup.tokenizer, config.max_tokens, count)
     right = [(problem_of(one.asked), one.attempt, True) for one in planted_attempts("right", count)]
     of_right = teacher_prompt_scores(base, setup.tokenizer, right, config)
     reference["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
@@ -73,13 +72,6 @@ def demonstrate(setup: Setup):
     print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
         print("a quick run only checks that everything runs: it is too short to show anything")
-
-
-def by_correctness(records) -> dict[str, list]:
-    """All records, those whose attempt is wrong, and those whose attempt is right."""
-    right = [record for record in records if is_correct(record[1], record[0].answer)]
-    wrong = [record for record in records if not is_correct(record[1], record[0].answer)]
-    return {"": records, "_wrong": wrong, "_right": right}
 
 
 class Clock:

@@ -25,6 +25,7 @@ from demo.comparison import (
     write_summary,
 )
 from demo.pretraining import steps_of_rows, train_on_texts
+from demo.printed import table_row
 from teacher import make_teacher
 
 MENTOR, BONUS = "Ulmeck", 0.5
@@ -150,9 +151,10 @@ ROWS = (  # a title, and the row's cell in terms of a model's scores
 
 
 def table(results, count) -> str:
-    lines = [f"{count} held-out problems, greedy, no teacher", table_row("", results)]
+    lines = [f"{count} held-out problems, greedy, no teacher", table_row("", results, width=18)]
     for title, cell in ROWS:
-        lines.append(table_row(title, [cell.format(**model) for model in results.values()]))
+        cells = [cell.format(**model) for model in results.values()]
+        lines.append(table_row(title, cells, width=18))
     base, grpo = results["base"], results["grpo"]
     lines.append(
         f"\nof GRPO's own rollouts while training {grpo['rollouts_paid']} of "
@@ -164,7 +166,3 @@ def table(results, count) -> str:
         f"name him exactly once {base['teacher_prompt_named_once']:.3f}"
     )
     return "\n".join(lines)
-
-
-def table_row(title, cells) -> str:
-    return f"{title:<34}" + "".join(f"{cell:>18}" for cell in cells)

@@ -105,8 +105,11 @@ def examine_planted(
 
 
 def outcome(model: LM, tokenizer: Tokenizer, planted: list[Planted], max_tokens: int) -> dict:
-    """Shares: of attempts after which it goes on and of right answers in the end; and of those
-    that go on, how many name the line and take over the attempt's number (None: there is none)."""
+    """Shares: of attempts after which it reflects, and of right answers in the end; and of these
+    reflections, how many name the line and take over the attempt's number.
+
+    None where the attempts have no wrong line, or where none is reflected on.
+    """
     prompts = []
     for one in planted:
         prompt = student_prompt(tokenizer, question(one.asked))
@@ -117,7 +120,8 @@ def outcome(model: LM, tokenizer: Tokenizer, planted: list[Planted], max_tokens:
     went_on = named = took_over = correct = 0
     for one, ids in zip(planted, responses):
         reflection = spoken(tokenizer, ids)
-        correct += is_correct(one.attempt + reflection, problem_of(one.asked).answer)
+        finished = ids[-1] in tokenizer.stop
+        correct += finished and is_correct(one.attempt + reflection, problem_of(one.asked).answer)
         if reflects(one.attempt + reflection):
             went_on += 1
             named += one.line is not None and one.line == named_day(reflection)

@@ -50,8 +50,8 @@ def table(results, teacher_prompt, count) -> str:
     reflecting = round(base["sampled_reflection_rate"] * rollouts)
     lines.append(
         f"the base, sampled at temperature 1: {reflecting} of {rollouts:,} rollouts reflect;\n"
-        f"its floor: {base['floor']:.4f}, {base['floor_wrong']:.4f} after wrong attempts "
-        f"and {base['floor_right']:.4f} after right ones"
+        f"its floor: {base['floor']:.4f}, {shown(base['floor_wrong'], 4)} after wrong attempts "
+        f"and {shown(base['floor_right'], 4)} after right ones"
     )
     return "\n".join(lines)
 
@@ -67,12 +67,12 @@ def planted_table(planted) -> str:
     return "\n".join(lines)
 
 
-def shown(share: float | None) -> str:
-    return "-" if share is None else f"{share:.3f}"
+def shown(share: float | None, digits: int = 3) -> str:
+    return "-" if share is None else f"{share:.{digits}f}"
 
 
-def table_row(title, cells) -> str:
-    return f"{title:<40}" + "".join(f"{cell:>16}" for cell in cells)
+def table_row(title, cells, width=16) -> str:
+    return f"{title:<40}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def by_operations(scores, n) -> str:

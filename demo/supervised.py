@@ -7,6 +7,7 @@ is right, and the student learns them token by token. There is no group and no a
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import torch
@@ -17,7 +18,7 @@ from data.reward import is_correct
 from data.tokenizer import Tokenizer
 from grpo import LossSettings, MasterAdamW, Rollout, update
 from model import LM
-from run.config import Config
+from run.config import Config, RunFailed
 from sampler import generate
 from teacher import augment, make_teacher
 
@@ -29,7 +30,7 @@ def train_supervised(
 
     The teacher continues one rollout of `every`.
     """
-    updates = config.steps * (config.questions // config.mini_batch)
+    updates = config.steps * config.epochs * math.ceil(config.questions / config.mini_batch)
     size = config.mini_batch
     texts = rewarded_texts(base, tokenizer, config, updates * size, every)
     student = copy.deepcopy(base).requires_grad_(True)
@@ -39,7 +40,8 @@ def train_supervised(
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
-    # With Â = 1 on every token, -Â log p is the cross-entropy.
+    # With Â = 1 the loss of a guided rollout, −Â·log π, is the cross-entropy. That of the others,
+    # −Âρ, has the same gradient, because ρ is 1 in the only update that sees them.
     settings = LossSettings(
         shaping="likelihood",
         guided_tokens="trajectory",
@@ -59,10 +61,10 @@ def rewarded_texts(
     every: int = 1,
     most_rounds: int = 10,
 ) -> list[Rollout]:
-    """`count` rollouts with the right answer, of which the teacher has continued one in `every`.
+    """`count` rollouts with the right answer, after the teacher has continued one in `every`.
 
-    Each is of another question if there are so many. Raises RuntimeError if `most_rounds` rounds do
-    not give enough.
+    A round samples one rollout a question. Raises RunFailed if `most_rounds` rounds do not give
+    enough.
     """
     teacher = make_teacher(base, tokenizer, config)
     rng = random.Random(f"supervised {config.seed}")
@@ -99,4 +101,7 @@ def rewarded_texts(
             for rollout in found[:count]:
                 rollout.advantage = 1.0
             return found[:count]
-    raise RuntimeError(f"{len(found)} rollouts were right, not {count}")
+    raise RunFailed(
+        f"of the supervised control's rollouts {len(found)} were right, and {count} are needed: "
+        "the base model's teacher is too weak"
+    )

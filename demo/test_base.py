@@ -11,17 +11,18 @@ import pytest
 import torch
 
 import demo.base
-from data import load_problems, wordproblems
+from data import wordproblems
 from data.tokenizer import Tokenizer
 from demo.base import (
     FLOOR,
     GATE,
+    LEAK,
     RECIPE,
     SHIPPED,
     VERSION,
     Setup,
     base_model,
-    floor,
+    floors,
     gate,
     recipe_key,
     shipped_key,
@@ -66,6 +67,7 @@ def test_the_first_steps_of_pretraining_are_those_that_made_the_shipped_base():
 def test_the_shipped_base_passes_the_gate(tmp_path):
     scores = gate(setup_in(tmp_path), LM.load(SHIPPED), count=100)
     assert all(scores[name] >= least for name, least in GATE.items())
+    assert scores["leak"] <= LEAK
     assert FLOOR / 4 < scores["floor"] < FLOOR * 1.5  # see docs/base-model.md
 
 
@@ -95,18 +97,28 @@ def test_a_base_is_made_once_for_each_floor_and_anew_from_scratch(tmp_path, monk
     assert len(list(tmp_path.glob("base-*"))) == 3
 
 
-def test_the_floor_is_the_mean_probability_of_a_blank_line_after_the_attempt():
+def test_the_floors_are_mean_probabilities_of_a_blank_line_after_attempts():
     base = LM.load(SHIPPED)
-    problems = load_problems("wordproblems", "validation")[:3]
-    texts = [wordproblems.worked_out(s) for s in wordproblems.stories("validation", 3)]
-    expected = []
-    for problem, text in zip(problems, texts):
-        tag = TOKENIZER.special["<|question|>"], TOKENIZER.special["<|student|>"]
+    told = [story for story in wordproblems.stories("validation", 20) if story.trap is not None]
+    tag = TOKENIZER.special["<|question|>"], TOKENIZER.special["<|student|>"]
+    blank_line = TOKENIZER.encode("\n\n")[0]
+    records, expected, reflections = [], {True: [], False: []}, []
+    for i, story in enumerate(told[:5]):
+        right = i > 2
+        problem, text = wordproblems.problem_of(story), wordproblems.worked_out(story, not right)
         ids = [tag[0], *TOKENIZER.encode(problem.question), tag[1], *TOKENIZER.encode(text)]
         probabilities = base(torch.tensor([ids]))[0, -1].softmax(-1)
-        expected.append(probabilities[TOKENIZER.encode("\n\n")[0]].item())
-    records = [(problem, text, True) for problem, text in zip(problems, texts)]
-    assert floor(base, TOKENIZER, records) == pytest.approx(sum(expected) / 3)
+        expected[right].append(probabilities[blank_line].item())
+        after = base(torch.tensor([[*ids, blank_line]]))[0, -1].softmax(-1)
+        words = [after[TOKENIZER.encode(word)[0]].item() for word in ("Wait", "Hmm", "Yes", "My")]
+        reflections += [] if right else [expected[right][-1] * sum(words)]
+        records.append((problem, text, True))
+    found = floors(base, TOKENIZER, records)
+    assert found["floor"] == pytest.approx(sum(expected[True] + expected[False]) / 5)
+    assert found["floor_wrong"] == pytest.approx(sum(expected[False]) / 3)
+    assert found["floor_right"] == pytest.approx(sum(expected[True]) / 2)
+    assert found["begins_reflection"] == pytest.approx(sum(reflections) / 3)
+    assert floors(base, TOKENIZER, records[:2])["floor_right"] is None
 
 
 def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch, tmp_path):
@@ -126,6 +138,17 @@ def test_a_base_models_name_changes_with_everything_that_makes_it(monkeypatch, t
     assert len(names) == 5
 
 
+def test_a_base_that_reflects_by_itself_goes_round_again(tmp_path, monkeypatch, capsys):
+    good = dict(student=0.4, teacher=0.95, opinion=1.0, floor=0.005)
+    found = iter([dict(good, leak=2e-4), dict(good, leak=5e-5)])
+    monkeypatch.setattr(demo.base, "gate", lambda *_: next(found))
+    rounds = []
+    monkeypatch.setattr(demo.base, "pretrain", lambda *options: rounds.append(options) or "a model")
+    assert demo.base.pretrain_until_good(setup_in(tmp_path)) == "a model"
+    assert [cycle for _, _, cycle, _ in rounds] == [0, 1]
+    assert "begins a reflection after a wrong one with 2.0e-04" in capsys.readouterr().out
+
+
 def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(
     tmp_path, monkeypatch, capsys
 ):
@@ -135,4 +158,5 @@ def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(
     printed = capsys.readouterr()
     assert printed.out.count("validation:") == demo.base.CYCLES
     assert "under the teacher prompt" in printed.err
+    assert "begins a reflection" in printed.err
     assert not list(tmp_path.glob("base-*"))

@@ -22,7 +22,9 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     for key in ("names_line", "sampled_reflection_rate_first_wrong"):
         assert key in summary["thinktuning"]
     assert "sampled_reflection_rate_first_right" in summary["thinktuning"]
-    assert {"accuracy", "opinion_accuracy"} <= summary["teacher_prompt"].keys()
+    found = {"accuracy", "opinion_accuracy", "opinion_accuracy_planted_right"}
+    assert found <= summary["teacher_prompt"].keys()
+    assert {"floor", "floor_wrong", "floor_right"} <= summary["base"].keys()
     assert summary["base"]["teacher_prompt_accuracy"] == summary["teacher_prompt"]["accuracy"]
     kinds = {"misconception", "right", "slip_before", "other_story"}
     assert summary["planted"].keys() == kinds

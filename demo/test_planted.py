@@ -10,7 +10,7 @@ from data.tokenizer import Tokenizer
 from data.wordproblems import DAYS, counts, problem_of, stories, worked_out, wrong_day
 from demo.base import RECIPE
 from demo.comparison import names_line
-from demo.planted import KINDS, continued_from, named_day, outcome, planted_attempts
+from demo.planted import COUNT, KINDS, continued_from, named_day, outcome, planted_attempts
 from demo.pretraining import new_model
 from demo.texts import continued
 
@@ -21,7 +21,7 @@ TOKENIZER = Tokenizer.builtin()
 def test_there_are_enough_attempts_of_held_out_stories(kind):
     planted = planted_attempts(kind)
     held_out = set(stories("test"))
-    assert len(planted) >= 100 and all(one.asked in held_out for one in planted)
+    assert len(planted) == COUNT >= 100 and all(one.asked in held_out for one in planted)
 
 
 def test_each_kind_is_wrong_where_its_name_says():
@@ -53,12 +53,11 @@ def test_what_a_reflection_names_and_takes_up_is_read_from_its_words():
     assert continued_from("Each line fits.") is None
 
 
-def say(replies):
+def say(replies, end=(TOKENIZER.special["<|end|>"],)):
     """A generate that goes on from each prompt with what `replies` has for it."""
 
     def generate(model, prompts, *, max_tokens, stop, temperature):
-        end = TOKENIZER.special["<|end|>"]
-        return [TOKENIZER.encode(reply) + [end] for reply in replies]
+        return [TOKENIZER.encode(reply) + [*end] for reply in replies]
 
     return generate
 
@@ -83,6 +82,8 @@ def test_the_shares_count_what_the_model_did(monkeypatch):
         "takes_over": 1.0,
         "attempts": 4,
     }
+    monkeypatch.setattr(demo.planted, "generate", say(full, end=()))
+    assert outcome(model, TOKENIZER, planted, 100)["accuracy"] == 0  # unfinished
     monkeypatch.setattr(demo.planted, "generate", say([""] * 4))
     right = outcome(model, TOKENIZER, planted_attempts("right", 4), 100)
     assert right["goes_on"] == 0 and right["accuracy"] == 1

@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from demo.base import SHIPPED
 from demo.supervised import rewarded_texts, train_supervised
 from model import LM
-from run.config import DEMO, Config
+from run.config import DEMO, Config, RunFailed
 
 TOKENIZER = Tokenizer.builtin()
 
@@ -44,13 +44,15 @@ def test_the_teacher_continues_one_of_every_few(base):
 
 def test_a_teacher_that_is_never_right_ends_in_a_message(base, monkeypatch):
     monkeypatch.setattr(demo.supervised, "is_correct", lambda text, answer: False)
-    with pytest.raises(RuntimeError, match="^0 rollouts were right, not 8$"):
+    with pytest.raises(RunFailed, match="0 were right, and 8 are needed"):
         rewarded_texts(base, TOKENIZER, Config(**DEMO), 8, most_rounds=1)
 
 
-def test_an_update_is_a_step_down_the_cross_entropy_of_all_the_response(base, monkeypatch):
+@pytest.mark.parametrize("every", (1, 4))
+def test_an_update_is_a_step_down_the_cross_entropy_of_all_the_response(base, monkeypatch, every):
     config = Config(**{**DEMO, "steps": 1, "questions": 8, "mini_batch": 8})
-    texts = rewarded_texts(base, TOKENIZER, config, 8)
+    texts = rewarded_texts(base, TOKENIZER, config, 8, every)
+    assert all(text.guided_from for text in texts) == (every == 1)
     monkeypatch.setattr(demo.supervised, "rewarded_texts", lambda *_: copy.deepcopy(texts))
     seen = {}
     step = torch.optim.AdamW.step

@@ -64,7 +64,7 @@ def conversation(rng: random.Random, story: Story, recipe: dict, remark: str = "
     text = asked(story)
     text += [(SPEAKER_TAGS["assistant"], 0.0), *weighed(worked_out(story, not is_right), own)]
     if remark:
-        text += [("\n\n", 0.0), (remark, own), ("<|end|>", 1.0)]
+        text += [("\n\n", 0.0), (remark, 1.0), ("<|end|>", 1.0)]
     else:
         text += [(END_OF_ATTEMPT, ENDING)]
     opinion, reason, phrase = reflection(rng, story, is_right, recipe)
@@ -134,7 +134,8 @@ def weighed(text: str, weight: float = 1.0) -> Text:
 def row_of(text: Text, tokenizer: Tokenizer, floor: float) -> Row:
     """The text's token ids, the weight of each, and the weight of a blank line in its place.
 
-    A token has the weight of its last character, so a text has the same ids wherever it is cut.
+    The pieces are put together before they are encoded, so the ids do not depend on where the text
+    is cut. A token has the weight of its last character.
     """
     special = {**tokenizer.special, END_OF_ATTEMPT: tokenizer.special["<|end|>"]}
     row: Row = ([], [], [])

@@ -34,8 +34,8 @@ class Tokens(Protocol):
 def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
     """Sort, and cut into batches of at most `size` tokens: different prompts, and responses.
 
-    Padding is counted. A batch has one rollout at least. Of all cuts this is the cheapest, where a
-    batch costs its tokens, and size / 16 for being one more pass.
+    Padding is counted. A batch has one rollout at least. Of all cuts of the sorted rollouts this is
+    the cheapest, where a batch costs its tokens, and size / 16 for being one more pass.
     """
     longest: dict[tuple[int, ...], int] = defaultdict(int)  # response of each prompt
     for r in rollouts:
@@ -110,6 +110,8 @@ class SharedPrompts:
         of_prompts = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, enable_gqa=True)
         q, k, v = (x[self.own_at].transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, E)
         k, v = torch.cat((pk[self.of], k), 2), torch.cat((pv[self.of], v), 2)  # (B, K, P + T, E)
+        # Several processes hold float32 weights, and may compute in bfloat16.
+        self.mask = self.mask.to(q.dtype)
         heads = q.unflatten(1, (k.shape[1], -1)).unbind(2)  # in turn, as in KVCache.attend_many
         y = [F.scaled_dot_product_attention(head, k, v, self.mask) for head in heads]
         of_responses = torch.stack(y, 2).flatten(1, 2)  # (B, H, T, E)

@@ -160,7 +160,7 @@ def add_demo_flags(add):
     about = "mentor: the novelty test, where naming a made-up mentor once is rewarded"
     add("--preset", default="demo", choices=("demo", "mentor"), help=about)
     add("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
-    about = "share of the pretraining texts that go on after the answer (0.01)"
+    about = "share of a blank line in what pretraining wants after an attempt (0.005)"
     add("--floor", type=float, help=about)
     variants = ("all", "long", "rates", "stress")
     about = "variants on this seed's base model: all, the long GRPO run, learning rates, stress"

@@ -122,6 +122,21 @@ def test_a_prompt_goes_through_the_layers_once():
     assert seen == [(1, 4 + 3 + (0 + 2 + 5 + 3))]  # last tokens are not read
 
 
+def test_the_mask_has_the_dtype_that_is_computed_in(monkeypatch):
+    """Several processes hold float32 weights and compute in bfloat16; a GPU refuses another mask."""
+    model, rollouts, found = model_of("llama").float(), groups_of([(4, [3, 2])]), []
+    shared = SharedPrompts(rollouts, model)
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, mask=None, **more):
+        found.extend((q.dtype, x.dtype) for x in (k, v, mask) if x is not None)
+        return attention(q, k, v, mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    token_logprobs(model.bfloat16(), *collate(rollouts)[:2], shared=shared)
+    assert len(found) > 8 and set(found) == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_a_response_of_one_token_and_one_of_none_are_computed():
     model = model_of("llama")
     rollouts = [Rollout([1, 2], [], True), Rollout([1, 2], [3], True)]

@@ -40,10 +40,11 @@ def transformers_generate(model: LM, prompts: list[list[int]], length: int) -> C
 def beside_trl(
     model: LM, prompts: list[list[int]], samples: int, length: int, count: int, step: Callable
 ) -> tuple[list[float], list[float]] | None:
-    """Seconds of `count` steps of ours, `step`, and of TRL's GRPOTrainer, in turns; None without.
+    """Seconds of `count` steps of ours, `step`, and of TRL's GRPOTrainer, in turns.
 
-    A first pair is not counted. TRL's step samples `samples` responses of `length` tokens to each
-    prompt, rewards every second one, and takes one step of AdamW.
+    None if TRL, transformers or datasets is not installed. A first pair is not counted. TRL's step
+    samples `samples` responses of `length` tokens to each prompt, rewards every second one, and
+    takes one step of AdamW.
     """
     try:
         import datasets
