@@ -69,9 +69,9 @@ def test_the_readme_shows_the_picture_and_tells_it_in_words():
     assert f"![{figure.description(CURVES)}](docs/figures/demonstration.svg)" in readme
 
 
-def test_the_readmes_result_is_that_of_ten_seeds():
+def test_the_readmes_result_is_that_of_fifteen_seeds():
     readme = (figure.ROOT / "README.md").read_text()
-    runs = [summary(seed) for seed in range(10)]
+    runs = [summary(seed) for seed in range(15)]
     for title, key in (
         ("accuracy", "accuracy"),
         ("accuracy of the first answer", "first_answer_accuracy"),
@@ -81,7 +81,7 @@ def test_the_readmes_result_is_that_of_ten_seeds():
         cells = []
         for name in ("base", "grpo", "thinktuning"):
             values = [run[name][key] for run in runs]
-            cells.append(f"{sum(values) / 10:.3f} ({min(values):.3f}–{max(values):.3f})")
+            cells.append(f"{sum(values) / 15:.3f} ({min(values):.3f}–{max(values):.3f})")
         assert f"| {title} | {' | '.join(cells)} |" in readme
 
 
@@ -90,9 +90,9 @@ def span(values) -> str:
     return f"{low}%" if low == high else f"{low} to {high}%"
 
 
-def test_the_readmes_lines_on_planted_attempts_are_those_of_ten_seeds():
+def test_the_readmes_lines_on_planted_attempts_are_those_of_fifteen_seeds():
     readme = " ".join((figure.ROOT / "README.md").read_text().split())
-    runs = [summary(seed) for seed in range(10)]
+    runs = [summary(seed) for seed in range(15)]
     planted = {kind: [run["planted"][kind] for run in runs] for kind in runs[0]["planted"]}
     alone = span([1 - found["goes_on"] for found in planted["right"]])
     other = planted["other_story"]
@@ -100,7 +100,7 @@ def test_the_readmes_lines_on_planted_attempts_are_those_of_ten_seeds():
     taken = span([found["takes_over"] for found in planted["slip_before"]])
     named = span([run["thinktuning"]["names_line"] for run in runs])
     teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
-    mean = sum(1 - found["goes_on"] for found in planted["right"]) / 10
+    mean = sum(1 - found["goes_on"] for found in planted["right"]) / 15
     assert f"It leaves {alone} alone (mean {mean:.0%})" in readme
     assert f"it names that wrong line in {mended}" in readme
     assert f"the attempt's own number in {taken}" in readme
