@@ -163,11 +163,9 @@ class Bench:
 
     # What this machine needs at the least.
 
-    def pass_floor(self, rows, tokens, before, head_rows):
-        """The floor of a pass of `tokens` tokens in each of `rows` rows, after `before` positions.
-
-        The output head works on `head_rows` tokens.
-        """
+    def cost(self, rows, tokens, before, head_rows) -> tuple[float, float]:
+        """Bytes read and operations of a pass of `tokens` tokens in each of `rows` rows, after
+        `before` positions. The output head works on `head_rows` tokens."""
         c, m = self.model.config, self.model
         head = m.head.weight.numel()
         body = sum(p.numel() for p in m.layers.parameters())
@@ -175,19 +173,25 @@ class Bench:
         flops = 2 * body * rows * tokens + 2 * head * head_rows
         flops += 4 * c.n_layers * c.n_heads * c.head_dim * reach * rows * tokens
         cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * rows * (before + tokens)
-        return max((body + head + cache) * self.dtype.itemsize / self.bandwidth, flops / self.flops)
+        return (body + head + cache) * self.dtype.itemsize, flops
+
+    def floor(self, *costs) -> float:
+        """Seconds of passes that may be made as one: the weights are then read once."""
+        read, flops = zip(*costs)
+        return max(max(read) / self.bandwidth, sum(flops) / self.flops)
 
     def rollout_floor(self, prompts, rows):
-        steps = (self.pass_floor(rows, 1, LENGTH + t, rows) for t in range(LENGTH - 1))
-        return self.pass_floor(prompts, LENGTH, 0, prompts) + sum(steps)
+        steps = (self.floor(self.cost(rows, 1, LENGTH + t, rows)) for t in range(LENGTH - 1))
+        return self.floor(self.cost(prompts, LENGTH, 0, prompts)) + sum(steps)
 
-    def update_floor(self, rows, tokens, response):
-        """The floor of an update: a forward pass, twice that for the backward pass, and AdamW.
-
-        AdamW reads weights, gradients and two moments, and writes all but the gradients.
-        """
+    def update_floor(self, prompts, rows):
+        """The floor of an update: a forward pass with each prompt once, twice that for the backward
+        pass, and AdamW, which reads weights, gradients and two moments, and writes all but the
+        gradients."""
         size = sum(p.numel() for p in self.model.parameters())
-        return 3 * self.pass_floor(rows, tokens, 0, rows * response) + 7 * 4 * size / self.bandwidth
+        responses = self.cost(rows, LENGTH, LENGTH, rows * LENGTH)
+        forward = self.floor(self.cost(prompts, LENGTH, 0, 0), responses)
+        return 3 * forward + 7 * 4 * size / self.bandwidth
 
     # The parts.
 
@@ -345,7 +349,7 @@ class Bench:
 
         seconds = self.times({"": step})[""]
         rows = len(prompts) * SAMPLES
-        floor = self.rollout_floor(len(prompts), rows) + self.update_floor(rows, 2 * LENGTH, LENGTH)
+        floor = self.rollout_floor(len(prompts), rows) + self.update_floor(len(prompts), rows)
         median = statistics.median(seconds)
         ratio = median / floor
         note = f"{ratio:.2f} times the floor's time"
