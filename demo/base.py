@@ -179,31 +179,26 @@ def teacher_prompt_scores(base, tokenizer, records, config) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def floors(model: LM, tokenizer: Tokenizer, records) -> dict[str, float | None]:
     """Mean probabilities after the model's own attempts; None over no attempt.
 
     Of a blank line: after all (`floor`), after the wrong ones, after the right ones. And of a blank
     line with the first word of a reflection, after the wrong ones (`begins_reflection`).
     """
+    (blank_line,) = tokenizer.encode("\n\n")
+    first_words = list({tokenizer.encode(reason)[0] for _, reason in WORDING.values()})
     found: dict[str, list[float]] = {
         name: [] for name in ("floor", "floor_wrong", "floor_right", "begins_reflection")
     }
     for problem, text, _ in records:
-        blank_line, reflection = goes_on(model, tokenizer, problem.question, text)
-        right = is_correct(text, problem.answer)
-        found["floor"].append(blank_line)
-        found["floor_right" if right else "floor_wrong"].append(blank_line)
-        if not right:
-            found["begins_reflection"].append(reflection)
+        ids = student_prompt(tokenizer, problem.question) + tokenizer.encode(text)
+        at_end, after_it = model(torch.tensor([[*ids, blank_line]]))[0, -2:].softmax(-1)
+        goes_on = at_end[blank_line].item()
+        found["floor"].append(goes_on)
+        if is_correct(text, problem.answer):
+            found["floor_right"].append(goes_on)
+        else:
+            found["floor_wrong"].append(goes_on)
+            found["begins_reflection"].append(goes_on * after_it[first_words].sum().item())
     return {name: sum(shares) / len(shares) if shares else None for name, shares in found.items()}
-
-
-@torch.no_grad()
-def goes_on(model: LM, tokenizer: Tokenizer, question: str, attempt: str) -> tuple[float, float]:
-    """The probability of a blank line after this attempt, and of one that a reflection follows."""
-    (blank_line,) = tokenizer.encode("\n\n")
-    first_words = [tokenizer.encode(reason)[0] for _, reason in WORDING.values()]
-    ids = [*student_prompt(tokenizer, question), *tokenizer.encode(attempt), blank_line]
-    at_end, after_it = model(torch.tensor([ids]))[0, -2:].softmax(-1)
-    blank = at_end[blank_line].item()
-    return blank, blank * after_it[sorted(set(first_words))].sum().item()
