@@ -106,9 +106,8 @@ def choose_rollouts(
 class Teacher:
     """A frozen LM that reads (question, attempt) and answers with feedback, decoded greedily.
 
-    `style` "exemplars" puts the system message and four worked exemplars before each request; "tag"
-    is the request alone, for the tiny model, which has read the format in pretraining. `tokenizer`
-    is the teacher's own, for prompts and replies. The model given is frozen in place.
+    `exemplars` puts the system message and four worked exemplars before each request; the tiny
+    model never gets them. `tokenizer` is the teacher's own. The model given is frozen in place.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class Teacher:
         *,
         max_tokens: int = 1024,
         max_prompt: int = 3072,
-        style: str | None = None,
+        exemplars: bool = True,
         rows: int = 64,
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
@@ -129,13 +128,13 @@ class Teacher:
                 f"the teacher's context of {model.config.max_seq_len} tokens has no room for a "
                 f"prompt beside a reply of {max_tokens}; lower --teacher-reply"
             )
-        is_tiny = tokenizer.family == "wordproblems"
-        self.style = style or ("tag" if is_tiny else "exemplars")
+        self.is_tiny = tokenizer.family == "wordproblems"
+        self.exemplars = EXEMPLARS if exemplars and not self.is_tiny else []
         self.dropped = 0  # requests longer than max_prompt
         self.cut = 0  # replies that ran into max_tokens
         self.prefix_ids: list[int] = []
         self.prefix: KVCache | None = None
-        if self.style == "exemplars":
+        if self.exemplars:
             self.remember_exemplars()
 
     def remember_exemplars(self) -> None:
@@ -160,14 +159,14 @@ class Teacher:
 
     def prompt(self, question: str, attempt: str) -> list[int]:
         """The ids of a request. This is the one place where a teacher's prompt is made."""
-        if self.style == "tag":
+        if self.is_tiny:
             question_and_attempt = [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": attempt},
             ]
             return self.tokenizer.render(question_and_attempt, reply_as="teacher")
-        messages = [{"role": "system", "content": SYSTEM}]
-        for shown_question, shown_attempt, feedback in EXEMPLARS:
+        messages = [{"role": "system", "content": SYSTEM}] if self.exemplars else []
+        for shown_question, shown_attempt, feedback in self.exemplars:
             request = REQUEST.format(question=shown_question, response=shown_attempt)
             messages.append({"role": "user", "content": request})
             messages.append({"role": "assistant", "content": feedback})
@@ -231,6 +230,7 @@ def make_teacher(model: LM, tokenizer: Tokenizer, config: Config) -> Teacher:
         tokenizer,
         max_tokens=config.teacher_reply,
         max_prompt=config.teacher_prompt,
+        exemplars=config.exemplars,
         rows=config.rows,
     )
 

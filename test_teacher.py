@@ -37,6 +37,7 @@ from teacher import (
     choose,
     choose_rollouts,
     guidance_fraction,
+    make_teacher,
     parse_feedback,
 )
 from thinktuning import main
@@ -555,6 +556,16 @@ def test_the_exemplar_prompt_is_system_message_four_exemplars_and_the_request(ll
         for q, r, f in EXEMPLARS
         for turn in (("user", f"Question:\n{q}\n\nResponse:\n{r}"), ("assistant", f))
     ]
+
+
+def test_without_exemplars_the_prompt_is_the_request_alone(llama3):
+    config = Config(exemplars=False, teacher_reply=4)
+    teacher = make_teacher(tiny_model(llama3), llama3, config)
+    request = f"Question:\nWhy? {INSTRUCTION}\n\nResponse:\nBecause."
+    assert teacher.prompt("Why?", "Because.") == llama3.render(
+        [{"role": "user", "content": request}]
+    )
+    assert teacher.prefix is None
 
 
 def test_the_tag_prompt_is_question_attempt_and_the_teachers_tag():

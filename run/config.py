@@ -90,6 +90,9 @@ class Config:
     )
     teacher_prompt: int = option(3072, "teacher", "tokens of its prompt", least=1)
     teacher_reply: int = option(1024, "teacher", "tokens of its reply", least=1)
+    exemplars: bool = option(
+        True, "teacher", "show it four worked exemplars; one trained on the format needs none"
+    )
     published: str = option("", "teacher", f"repeat the published code: all, or {ITEMS}")
 
     @property
