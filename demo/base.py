@@ -123,7 +123,7 @@ def pretrain_until_good(setup: Setup) -> LM:
         if cycle:
             print(f"below the gate: pretraining goes on for round {cycle + 1} of {CYCLES}")
         base = pretrain(setup.recipe, setup.tokenizer, cycle, base)
-        scores = gate(setup, base)
+        scores = gate(setup, base, 20 if setup.quick else 200)
         print(
             "validation: {student:.3f} right as student, {teacher:.3f} under the teacher prompt, "
             "whose opinion is right in {opinion:.3f}; goes on after an attempt with probability "
@@ -144,7 +144,7 @@ def pretrain_until_good(setup: Setup) -> LM:
 # Validation.
 
 
-def gate(setup: Setup, base: LM, count: int = 200) -> dict[str, float]:
+def gate(setup: Setup, base: LM, count: int) -> dict[str, float]:
     """The base model as student and as teacher, on validation problems; and its floor."""
     config = Config(**DEMO)
     problems = load_problems("wordproblems", "validation")[:count]

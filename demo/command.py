@@ -30,7 +30,7 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
     config = replace(Config(**DEMO), seed=args.seed)
     recipe = dict(RECIPE, seed=args.seed, floor=floor)
     if args.quick:
-        config = replace(config, steps=4)
+        config = replace(config, steps=2)
         recipe["steps"] = 40
     config.check()
     name = f"{args.preset}-{args.seed}"

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,7 +161,7 @@ def test_a_base_below_the_gate_goes_round_again_and_then_fails_loudly(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(RECIPE, "steps", 2)
-    monkeypatch.setattr(demo.base, "gate", partial(gate, count=20))
+    monkeypatch.setattr(demo.base, "gate", lambda setup, base, count: gate(setup, base, 20))
     assert main(["--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert printed.out.count("validation:") == demo.base.CYCLES

@@ -2,10 +2,12 @@
 
 import json
 
+from run.config import DEMO
 from thinktuning import main
 
 
-def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, capsys):
+def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(DEMO, "questions", 4)
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for name in ("base", "grpo", "thinktuning"):

@@ -120,7 +120,10 @@ def test_what_grpo_is_paid_for_naming_him_is_counted(monkeypatch):
     }
 
 
-def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, capsys):
+def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(DEMO, "questions", 4)
     assert main(["--preset", "mentor", "--quick", "--out", str(tmp_path)]) == 0
     key = demo.base.recipe_key(dict(demo.base.RECIPE, seed=0, floor=demo.base.FLOOR, steps=40))
     assert [p.name.split("-torch")[0] for p in tmp_path.glob("base-*")] == [f"base-{key}"]
@@ -130,7 +133,7 @@ def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(tmp_path, 
         assert {"accuracy", "accuracy_se", "named_once", "sampled_named", "sampled"} <= summary[
             name
         ].keys()
-    assert summary["grpo"]["rollouts"] == 4 * 16 * 8
+    assert summary["grpo"]["rollouts"] == 2 * 4 * 8
     assert "teacher_prompt_named_once" in summary["base"]
     settings = json.loads((tmp_path / "thinktuning" / "config.json").read_text())
     assert {k: settings[k] for k in SETTINGS} == SETTINGS

@@ -136,52 +136,36 @@ def test_a_reflection_begins_at_the_blank_line_after_the_first_answer(text, refl
 # Colour
 
 
-def on_a_terminal(*flags, **environment) -> str:
+def on_a_terminal(monkeypatch, *flags) -> str:
     """What the command writes when its output is a terminal."""
     ours, theirs = pty.openpty()
-    clean = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-    script = f"from show import test_ask; test_ask.reflect(); from thinktuning import main; raise SystemExit(main({['ask', *map(str, flags)]!r}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=HERE, stdout=theirs, env=clean | environment
-    )
-    os.close(theirs)
-    written = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # on Linux, the end of what a terminal gives
-            break
-        if not part:
-            break
-        written += part
+    with monkeypatch.context() as patch, os.fdopen(theirs, "w") as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["ask", *map(str, flags)]) == 0
+        terminal.flush()
+        written = os.read(ours, 4096)
     os.close(ours)
-    assert process.wait() == 0
     return written.decode().replace("\r\n", "\n")
 
 
-def reflect():
-    def generate(model, prompts, *, on_step, **options):
-        ids = TOKENIZER.encode(REFLECTS) + [TOKENIZER.special["<|end|>"]]
-        for token in ids:
-            on_step(torch.tensor([0]), torch.tensor([token]))
-        return [ids]
-
-    ask.generate = generate
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(model_directory):
-    coloured = on_a_terminal("--model", model_directory, QUESTION)
+def test_reflection_is_yellow_on_a_terminal_and_plain_with_no_color(
+    model_directory, says, monkeypatch
+):
+    flags = "--model", model_directory, QUESTION
+    says(REFLECTS)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = on_a_terminal(monkeypatch, *flags)
     first, yellow = (
         "The answer is \\boxed{8}.",
         "".join(re.findall("\x1b\\[33m(.*?)\x1b\\[0m", coloured, re.DOTALL)),
     )
     assert yellow == REFLECTS.removeprefix(first)
     assert re.sub("\x1b\\[33m.*?\x1b\\[0m", "", coloured, flags=re.DOTALL) == first + "\n"
-    assert on_a_terminal("--model", model_directory, QUESTION, NO_COLOR="1") == REFLECTS + "\n"
-    assert (
-        on_a_terminal("--model", model_directory, QUESTION, NO_COLOR="") == coloured
-    )  # set but empty counts as not set
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert on_a_terminal(monkeypatch, *flags) == REFLECTS + "\n"
+    monkeypatch.setenv("NO_COLOR", "")  # set but empty counts as not set
+    assert on_a_terminal(monkeypatch, *flags) == coloured
 
 
 def test_piped_output_is_plain(model_directory, says, capsys):
