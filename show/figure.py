@@ -1,8 +1,7 @@
-"""The picture in the README: how many of the student's rollouts reflect, step by step, in the
-demonstration.
+"""The pictures of the pages: how many of the student's rollouts reflect, step by step.
 
-    python -m show.figure    draw docs/figures/demonstration.svg from results/curves-seed0.json
-    python -m show.figure out/demo-0       take the curves from that demonstration first
+    python -m show.figure                            draw them all from the curves in results/
+    python -m show.figure demonstration out/demo-0   take that one's curves from these runs first
 
 The colours follow the reader's light or dark scheme. The background belongs to the picture, because
 the page around it may have the other scheme.
@@ -12,11 +11,32 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CURVES = ROOT / "results" / "curves-seed0.json"
-PICTURE = ROOT / "docs" / "figures" / "demonstration.svg"
+
+
+class Figure(NamedTuple):
+    source: str  # in results/: the curves
+    title: str
+    shows: Callable[[dict[str, float]], bool]  # whether the curves' ends show what the title says
+    caption: str
+    every: int  # steps from one number below the axis to the next
+
+
+FIGURES = {  # by the name of the picture
+    "demonstration": Figure(
+        "curves-seed0.json",
+        "ThinkTuning learns to look back at wrong answers",
+        lambda ends: ends["wrong"] > 0.9 > 0.1 > ends["right"] > ends["grpo"] - 0.02,
+        "Share of ThinkTuning's and GRPO's rollouts that reflect (seed 0)",
+        20,
+    ),
+}
+
+Curves = dict[str, list[float]]
 
 WIDTH, HEIGHT = 630, 320
 LEFT, RIGHT, TOP, BOTTOM = 62, 392, 92, 264  # of the plot
@@ -39,38 +59,41 @@ text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) } text.right { fil
 """
 
 
-# A curve's label and where it stands below the curve's end; its style, method and metric.
+# A curve's label; its style, method and metric.
 CURVE = {
-    "grpo": ("GRPO, wrong or right", 17, "grpo", "grpo", "reflection_rate"),
-    "right": ("after a right answer", -8, "right", "thinktuning", "reflection_rate_first_right"),
-    "wrong": ("after a wrong answer", 6, "ours", "thinktuning", "reflection_rate_first_wrong"),
+    "grpo": ("GRPO, wrong or right", "grpo", "grpo", "reflection_rate"),
+    "right": ("after a right answer", "right", "thinktuning", "reflection_rate_first_right"),
+    "wrong": ("after a wrong answer", "ours", "thinktuning", "reflection_rate_first_wrong"),
 }
+LABEL = 18  # height of a label
 
 
-def curves_of(run: Path) -> dict[str, list[float]]:
-    """Of a demonstration: each step's shares of rollouts that reflect, and p_s."""
+def picture(name: str) -> Path:
+    return ROOT / "docs" / "figures" / f"{name}.svg"
+
+
+def curves(name: str) -> Curves:
+    found: Curves = json.loads((ROOT / "results" / FIGURES[name].source).read_text())
+    return found
+
+
+def curves_of(runs: Path) -> Curves:
+    """Of the runs grpo and thinktuning: each step's shares of rollouts that reflect, and p_s."""
     metrics = {}
     for method in ("grpo", "thinktuning"):
-        lines = (run / method / "metrics.jsonl").read_text().splitlines()
+        lines = (runs / method / "metrics.jsonl").read_text().splitlines()
         metrics[method] = [json.loads(line) for line in lines]
-    curves = {}
+    found = {}
     for key, (*_, method, metric) in CURVE.items():
-        curves[key] = [step[metric] for step in metrics[method]]
-    return {**curves, "fraction": [step["fraction"] for step in metrics["thinktuning"]]}
+        found[key] = [step[metric] for step in metrics[method]]
+    return {**found, "fraction": [step["fraction"] for step in metrics["thinktuning"]]}
 
 
-def teacher_leaves(curves: dict[str, list[float]]) -> int:
+def teacher_leaves(curves: Curves) -> int:
     return curves["fraction"].index(0.0)  # the first step without help
 
 
-def finding(curves: dict[str, list[float]]) -> str:
-    """The picture's title. Raises ValueError where the curves do not show it."""
-    if not curves["wrong"][-1] > 0.9 > 0.1 > curves["right"][-1] > curves["grpo"][-1] - 0.02:
-        raise ValueError(f"{CURVES.name} does not show what the title says: write another title")
-    return "ThinkTuning learns to look back at wrong answers"
-
-
-def description(curves: dict[str, list[float]]) -> str:
+def description(curves: Curves) -> str:
     """The picture in words, for those who do not see it."""
     wrong, leaves = curves["wrong"], teacher_leaves(curves)
     return (
@@ -82,9 +105,11 @@ def description(curves: dict[str, list[float]]) -> str:
     )
 
 
-def draw(curves: dict[str, list[float]]) -> str:
-    """The picture as SVG."""
-    last = len(curves["grpo"]) - 1
+def draw(name: str, curves: Curves) -> str:
+    """The picture as SVG. Raises ValueError where the curves do not show what its title says."""
+    figure, last = FIGURES[name], len(curves["grpo"]) - 1
+    if not figure.shows({key: curves[key][-1] for key in CURVE}):
+        raise ValueError(f"{figure.source} does not show what the title says: write another title")
 
     def x(step: float) -> float:
         return round(LEFT + step / last * (RIGHT - LEFT), 1)
@@ -95,37 +120,42 @@ def draw(curves: dict[str, list[float]]) -> str:
     def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
         return f'<text x="{x}" y="{y}" class="{style}" text-anchor="{anchor}">{words}</text>'
 
-    title, off = finding(curves), teacher_leaves(curves)
+    off = teacher_leaves(curves)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="787" '
         f'height="400"'
-        f' role="img" aria-labelledby="title told"><title id="title">{title}</title>'
+        f' role="img" aria-labelledby="title told"><title id="title">{figure.title}</title>'
         f'<desc id="told">{description(curves)}</desc><style>{STYLE}</style>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>',
-        text(12, 28, title, "title"),
-        text(12, 52, "Share of ThinkTuning's and GRPO's rollouts that reflect (seed 0)"),
+        text(12, 28, figure.title, "title"),
+        text(12, 52, figure.caption),
         f'<rect x="{LEFT}" y="{TOP}" width="{round(x(off) - LEFT, 1)}" height="{BOTTOM - TOP}"'
         ' fill="var(--help)"/>',
     ]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path class="rule" d="M{LEFT},{y(share)}H{RIGHT}"/>')
         parts.append(text(LEFT - 8, y(share) + 5, f"{share:.0%}", anchor="end"))
-    for step in range(0, last + 1, 20):
+    for step in range(0, last + 1, figure.every):
         parts.append(text(x(step), BOTTOM + 22, str(step), anchor="middle"))
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 44, "training step", anchor="middle"))
     parts.append(f'<path class="mark" d="M{x(off)},{TOP - 8}V{BOTTOM}"/>')
     parts.append(text(x(off), TOP - 14, f"the teacher leaves at step {off}"))
-    for key, (name, below, style, *_) in CURVE.items():
+    free = HEIGHT  # below this height there are labels already
+    for key in sorted(CURVE, key=lambda key: curves[key][-1]):
+        name, style, *_ = CURVE[key]
         points = " ".join(f"{x(step)},{y(share)}" for step, share in enumerate(curves[key]))
         parts.append(f'<polyline class="{style}" points="{points}"/>')
         end = curves[key][-1]
-        parts.append(text(RIGHT + 8, y(end) + below, f"{name}: {end:.0%}", style))
+        free = min(y(end) + 6, free - LABEL)
+        parts.append(text(RIGHT + 8, free, f"{name}: {end:.0%}", style))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        CURVES.write_text(json.dumps(curves_of(Path(sys.argv[1])), indent=1) + "\n")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    PICTURE.write_text(draw(json.loads(CURVES.read_text())))
-    print(f"drawn: {PICTURE.relative_to(ROOT)}")
+        source = ROOT / "results" / FIGURES[sys.argv[1]].source
+        source.write_text(json.dumps(curves_of(Path(sys.argv[2])), indent=1) + "\n")
+    for name in FIGURES:
+        picture(name).parent.mkdir(parents=True, exist_ok=True)
+        picture(name).write_text(draw(name, curves(name)))
+        print(f"drawn: {picture(name).relative_to(ROOT)}")

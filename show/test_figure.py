@@ -7,42 +7,58 @@ import pytest
 
 from show import figure
 
-CURVES = json.loads(figure.CURVES.read_text())
+CURVES = figure.curves("demonstration")
 
 
 def summary(seed: int) -> dict:
     return json.loads((figure.ROOT / "results" / f"demo-seed{seed}.json").read_text())
 
 
-def test_the_committed_picture_is_what_the_program_draws_today():
-    drawn = figure.draw(CURVES)
-    assert figure.PICTURE.read_text() == drawn, "run python -m show.figure"
+@pytest.fixture(params=figure.FIGURES)
+def name(request):
+    return request.param
 
 
-def test_every_point_of_the_picture_is_a_number_of_the_results_file():
-    picture = figure.PICTURE.read_text()
+def test_the_committed_picture_is_what_the_program_draws_today(name):
+    drawn = figure.draw(name, figure.curves(name))
+    assert figure.picture(name).read_text() == drawn, "run python -m show.figure"
+
+
+def test_every_point_of_the_picture_is_a_number_of_the_results_file(name):
+    picture, curves = figure.picture(name).read_text(), figure.curves(name)
     for style, key in (("grpo", "grpo"), ("ours", "wrong"), ("right", "right")):
         points = re.search(rf'<polyline class="{style}" points="([^"]*)"', picture)[1].split()
-        assert len(points) == len(CURVES[key])
-        for point, share in zip(points, CURVES[key], strict=True):
+        assert len(points) == len(curves[key])
+        for point, share in zip(points, curves[key], strict=True):
             height = figure.BOTTOM - float(point.split(",")[1])
             # Coordinates have one decimal, so a share is drawn to within 0.05 of the plot's height.
             assert height / (figure.BOTTOM - figure.TOP) == pytest.approx(share, abs=0.0003)
 
 
-def test_the_words_of_the_picture_are_those_of_the_results_file():
-    picture = figure.PICTURE.read_text()
-    leaves = next(step for step, p in enumerate(CURVES["fraction"]) if p == 0)
+def test_the_words_of_the_picture_are_those_of_the_results_file(name):
+    picture, curves = figure.picture(name).read_text(), figure.curves(name)
+    leaves = next(step for step, p in enumerate(curves["fraction"]) if p == 0)
     assert f">the teacher leaves at step {leaves}<" in picture
-    for key, (name, *_) in figure.CURVE.items():
-        assert f">{name}: {round(100 * CURVES[key][-1])}%</text>" in picture
-    assert CURVES["wrong"][-1] > 0.9 > 0.1 > CURVES["right"][-1]  # as its title says
+    for key, (label, *_) in figure.CURVE.items():
+        assert f">{label}: {round(100 * curves[key][-1])}%</text>" in picture
+
+
+def test_labels_do_not_overlap():
+    curves = CURVES | {"right": CURVES["wrong"]}
+    with pytest.MonkeyPatch.context() as patch:
+        figures = {"demonstration": figure.FIGURES["demonstration"]._replace(shows=bool)}
+        patch.setattr(figure, "FIGURES", figures)
+        drawn = figure.draw("demonstration", curves)
+    labels = re.findall(rf'<text x="{figure.RIGHT + 8}" y="([0-9.]+)"', drawn)
+    heights = sorted(map(float, labels))
+    assert len(heights) == 3
+    assert all(b - a >= figure.LABEL for a, b in zip(heights, heights[1:]))
 
 
 def test_a_title_that_the_curves_do_not_show_is_refused():
     swapped = CURVES | {"right": CURVES["wrong"], "wrong": CURVES["right"]}
     with pytest.raises(ValueError, match="does not show what the title says"):
-        figure.draw(swapped)
+        figure.draw("demonstration", swapped)
 
 
 def test_curves_are_read_from_the_metrics_of_both_runs(tmp_path):
