@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import normalizers
 
+import thinktuning
 from data.test_tokenizer import CONVERSATION, DROPPED, FRAGMENTS, GSM8K, applied, reference_ids
 from data.tokenizer import Tokenizer
 from model import LM
@@ -119,6 +120,25 @@ def test_smollm2s_logits_and_its_greedy_answer(smollm2):
     answer = generate(ours, [prompt], max_tokens=40, stop=tokenizer.stop, temperature=0.0)[0]
     both = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
     assert answer == both[len(prompt) :] and len(answer) == 40
+
+
+@pytest.mark.slow
+def test_smollm2_trains_two_steps_and_transformers_reads_the_result(smollm2, tmp_path):
+    stories, run = tmp_path / "stories.jsonl", tmp_path / "run"
+    told = [(f"Tom has {n} pens and buys {n}. How many are there?", str(2 * n)) for n in (2, 3, 4)]
+    stories.write_text("".join(json.dumps(dict(question=q, answer=a)) + "\n" for q, a in told))
+    flags = ["--model", smollm2, "--data", stories, "--out", run, "--no-exemplars", "--steps", 2]
+    flags += ["--questions", 2, "--samples", 2, "--max-tokens", 20, "--teacher-reply", 20]
+    assert thinktuning.main(["train", *map(str, flags), "--learning-rate", "1e-4"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    ours, theirs = (
+        LM.load(run / "model"),
+        transformers.AutoModelForCausalLM.from_pretrained(run / "model"),
+    )
+    prompt = torch.tensor([Tokenizer.load(run / "model").render(PROBLEM)])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(prompt), theirs(prompt).logits, atol=1e-3, rtol=1e-4)
 
 
 # ------------------------------------------------------------------ vocabularies of Llama 3 and Qwen
