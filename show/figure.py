@@ -34,6 +34,13 @@ FIGURES = {  # by the name of the picture
         "Share of ThinkTuning's and GRPO's rollouts that reflect (seed 0)",
         20,
     ),
+    "smollm2": Figure(
+        "curves-smollm2.json",
+        "SmolLM2-135M learns to answer again after wrong answers",
+        lambda ends: ends["wrong"] > 0.5 > 0.1 > ends["right"] > ends["grpo"] - 0.02,
+        "Share of rollouts with a second boxed answer (one run of each method)",
+        10,
+    ),
 }
 
 Curves = dict[str, list[float]]
@@ -83,10 +90,10 @@ def curves_of(runs: Path) -> Curves:
     for method in ("grpo", "thinktuning"):
         lines = (runs / method / "metrics.jsonl").read_text().splitlines()
         metrics[method] = [json.loads(line) for line in lines]
-    found = {}
+    found, steps = {}, min(map(len, metrics.values()))  # GRPO may have gone on for longer
     for key, (*_, method, metric) in CURVE.items():
-        found[key] = [step[metric] for step in metrics[method]]
-    return {**found, "fraction": [step["fraction"] for step in metrics["thinktuning"]]}
+        found[key] = [step[metric] for step in metrics[method][:steps]]
+    return {**found, "fraction": [step["fraction"] for step in metrics["thinktuning"][:steps]]}
 
 
 def teacher_leaves(curves: Curves) -> int:

@@ -1,0 +1,148 @@
+"""Scores on the test stories: python -m examples.smollm2.examine MODEL_DIR ... --out OUT
+
+Prints a line of scores for each model and kind of story, and adds them to OUT/scores.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data import Problem
+from data.prompts import student_prompt
+from data.reward import answers
+from data.scores import reflects, score
+from data.tokenizer import Tokenizer
+from data.wordproblems import Story, counts, problem_of
+from demo.comparison import at_first_answer
+from demo.planted import named_day
+from examples.smollm2.prepare import MAX_TOKENS
+from examples.smollm2.stories import stories, wrong_day
+from model import LM
+from run.cli import positive
+from run.errors import run_command
+from run.loading import load_model
+from run.record import writable, write_json
+from thinktuning import evaluate
+
+SHOWN = ("accuracy", "accuracy_se", "first_answer_accuracy", "by_the_misconception")
+SHOWN += ("reflection_rate_first_wrong", "reflection_rate_first_right", "names_day")
+SHOWN += ("goes_on_wrong", "goes_on_right", "wrong_to_right", "right_to_wrong")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="OUT", type=Path, required=True)
+    parser.add_argument("models", metavar="MODEL_DIR", nargs="+", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--count", type=positive, help="only the first so many problems")
+    return run_command(prepare, parser.parse_args(argv))
+
+
+def prepare(args: argparse.Namespace) -> Callable[[], None]:
+    dtype = getattr(torch, args.dtype)
+    models = {str(path): load_model(str(path), "cpu", dtype, "off") for path in args.models}
+    writable(args.out)
+
+    def job() -> None:
+        file = args.out / "scores.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        for path, (model, tokenizer) in models.items():
+            results[path] = examine(model, tokenizer, args.count)
+            write_json(file, results)
+            print(path)
+            for how, scores in results[path].items():
+                shown = [f"{key} {scores[key]:.3f}" for key in SHOWN if key in scores]
+                print(f"  {how}: {', '.join(shown)}")
+
+    return job
+
+
+def examine(model: LM, tokenizer: Tokenizer, count: int | None = None) -> dict:
+    """Scores by how the responses were decoded, and by whether the story has a friend in it."""
+    told = stories("test")
+    problems = [problem_of(story) for story in told.values()][:count]
+    results = {}
+    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        _, records = evaluate(
+            model,
+            tokenizer,
+            problems,
+            max_tokens=MAX_TOKENS,
+            temperature=temperature,
+            rows=64,
+        )
+        for kind, has_friend in (("with a friend", True), ("without", False)):
+            some = [r for r in records if (told[r[0].question].trap is not None) == has_friend]
+            if some:
+                results[f"{how}, {kind}"] = scores_of(some, told)
+        results[how] = scores_of(records, told)
+        if temperature == 0:
+            results[how] |= floors(model, tokenizer, records[:50])
+    return results
+
+
+@torch.no_grad()
+def floors(model: LM, tokenizer: Tokenizer, records: list[tuple[Problem, str, bool]]) -> dict:
+    """Mean probabilities after an attempt, up to its first box and full stop.
+
+    goes_on: not to end there. blank_line: to go on with a blank line, as a reflection does.
+    begins_reflection: with a blank line and a reflection's first word.
+    """
+    first_words = "Wait", "Hmm"
+    found = []
+    for problem, said, _ in records:
+        attempt = at_first_answer(said)[0] + "." if answers(said) else said
+        before = student_prompt(tokenizer, problem.question) + tokenizer.encode(attempt)
+        # Each token's probability, if the text goes on like this: a blank line, a first word.
+        ends, blank, words = 0.0, 0.0, 0.0
+        for word in first_words:
+            after = tokenizer.encode(f"\n\n{word}")
+            logits = model(torch.tensor([before + after]))[0, len(before) - 1 : -1].float()
+            p = logits.softmax(-1)[range(len(after)), after]
+            ends = logits[0].softmax(-1)[list(tokenizer.stop)].sum().item()
+            blank = p[: len(after) - len(tokenizer.encode(word))].prod().item()
+            words += p.prod().item()
+        found.append((1 - ends, blank, words))
+    names = "goes_on", "blank_line", "begins_reflection"
+    return {name: sum(row[i] for row in found) / len(found) for i, name in enumerate(names)}
+
+
+def scores_of(records: list[tuple[Problem, str, bool]], told: dict[str, Story]) -> dict:
+    """As data.scores.score, and four shares.
+
+    by_the_misconception: of the wrong first answers, those that count the friend's things, too.
+    names_day: of the reflections on a wrong answer, those that name its first wrong day.
+    goes_on_wrong, goes_on_right: of the wrong first answers and of the right ones, those after
+    which there is more text, with a second box or without one.
+    """
+    scores = score(records)
+    mistaken, named = [], []
+    went_on: dict[bool, list[bool]] = {True: [], False: []}  # by whether the first answer is right
+    for problem, said, _ in records:
+        story, first = told[problem.question], answers(said)[:1]
+        if first:
+            is_right = first == [problem.answer]
+            went_on[is_right].append(at_first_answer(said)[1].strip() not in ("", "."))
+        if first != [problem.answer]:
+            mistaken.append(first == [str(counts(story, mistaken=True)[-1])])
+            if reflects(said):
+                attempt, reflection = at_first_answer(said)
+                named.append(named_day(reflection) == wrong_day(story, attempt))
+    if mistaken:
+        scores["by_the_misconception"] = sum(mistaken) / len(mistaken)
+    if named:
+        scores["names_day"] = sum(named) / len(named)
+    for name, shares in (("goes_on_wrong", went_on[False]), ("goes_on_right", went_on[True])):
+        if shares:
+            scores[name] = sum(shares) / len(shares)
+    return scores | {"responses": len(records)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

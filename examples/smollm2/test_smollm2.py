@@ -1,0 +1,101 @@
+"""The experiment from end to end on a random model of two layers, and what its texts say."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from data.reward import final_answer
+from data.tokenizer import Tokenizer
+from data.wordproblems import DAYS, counts, question
+from examples.smollm2 import examine, prepare
+from examples.smollm2.stories import attempt, reply, some_attempt, stories, story, wrong_day
+from model import LM, ModelConfig
+from teacher import parse_feedback
+from thinktuning import main
+
+TOKENIZER = Tokenizer.builtin()
+
+
+@pytest.fixture
+def random_model(tmp_path):
+    torch.manual_seed(0)
+    sizes = TOKENIZER.vocab_size, 32, 2, 2, 2, 16, 64
+    LM(ModelConfig(*sizes, max_seq_len=512)).save(tmp_path / "model", TOKENIZER)
+    return tmp_path / "model"
+
+
+def test_the_commands_of_the_readme_on_a_random_model(random_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "MAX_TOKENS", 30)
+    monkeypatch.setattr(examine, "MAX_TOKENS", 30)
+    out, quick = tmp_path / "out", ["--dtype", "float32"]
+    assert prepare.main([str(random_model), "--out", str(out), "--steps", "2", *quick]) == 0
+    made = (out / "student/model.safetensors").stat().st_mtime_ns
+    assert prepare.main([str(random_model), "--out", str(out), "--steps", "2", *quick]) == 0
+    assert (out / "student/model.safetensors").stat().st_mtime_ns == made  # not made again
+    student, teacher = (LM.load(out / name).embed.weight for name in ("student", "teacher"))
+    before = LM.load(random_model).embed.weight
+    assert not torch.equal(student, before) and not torch.equal(student, teacher)
+    flags = ["--model", out / "student", "--teacher", out / "teacher", "--no-exemplars"]
+    flags += ["--data", out / "train.jsonl", "--out", out / "thinktuning", "--steps", 2]
+    flags += ["--questions", 2, "--samples", 2, "--max-tokens", 30, "--teacher-reply", 30]
+    assert main(["train", *map(str, flags)]) == 0
+    models = [str(out / name) for name in ("student", "thinktuning/model")]
+    assert examine.main([*models, "--out", str(out), "--count", "10", *quick]) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores.keys() == set(models)
+    for found in scores.values():
+        assert found["greedy"]["responses"] == 10 and 0 < found["greedy"]["goes_on"] <= 1
+    assert f"{models[1]}\n  greedy, with a friend: accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_an_attempt_is_wrong_where_it_says_so_and_the_reply_names_that_day(seed):
+    rng = random.Random(seed)
+    told = story(rng, "train")
+    tried = some_attempt(rng, told)
+    truth = str(counts(told)[-1])
+    feedback = parse_feedback(reply(rng, told, tried.wrong))
+    assert final_answer(feedback.phrase) == truth
+    if tried.wrong is None:
+        assert wrong_day(told, tried.text) is None and final_answer(tried.text) == truth
+        assert feedback.opinion == "correct" and "look at" not in feedback.reason
+    else:
+        assert wrong_day(told, tried.text) == DAYS[tried.wrong]
+        assert feedback.opinion == "incorrect"
+        assert feedback.reason.endswith(f"look at {DAYS[tried.wrong]}.")
+
+
+def test_lines_repeat_the_story_and_show_how_the_count_changes():
+    rng = random.Random(0)
+    while not (told := story(rng, "train")).trap:
+        pass
+    right, mistaken = attempt(told), attempt(told, mistaken=True)
+    sentences = question(told).split(". ")[1:-1]
+    for said in (right.text, mistaken.text):
+        assert all(f"{sentence}: " in said for sentence in sentences)
+    assert "still" in right.text and right.wrong is None
+    assert "still" not in mistaken.text and mistaken.wrong == told.trap
+
+
+def test_the_student_reads_no_friend_and_no_second_answer():
+    torch.manual_seed(0)
+    pretrained = LM(ModelConfig(TOKENIZER.vocab_size, 16, 1, 1, 1, 16, 16, max_seq_len=512))
+    batches = list(prepare.student_texts(pretrained, TOKENIZER, 10))
+    rows = [row for batch in batches for row in batch]
+    assert [len(batch) for batch in batches] == [prepare.ROWS] * 10
+    going_on = 0
+    for i, row in enumerate(rows):
+        said = TOKENIZER.decode(row.response)
+        assert "friend" not in TOKENIZER.decode(row.prompt) + said and said.count("\\boxed{") == 1
+        ends = row.response[-1] == prepare.end_token(TOKENIZER)
+        goes_on = not said.removesuffix("<|end|>").endswith("}.")
+        assert goes_on <= (i % prepare.GOES_ON == 0) and (ends or goes_on)
+        going_on += goes_on
+    assert going_on == 8
+
+
+def test_no_story_is_in_two_splits():
+    found = [set(stories(split)) for split in ("train", "validation", "test")]
+    assert sum(map(len, found)) == len(set.union(*found))
