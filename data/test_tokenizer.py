@@ -899,10 +899,7 @@ def test_white_space_and_word_characters_are_the_librarys():
     reference.pre_tokenizer = byte_level(True)
     reference.add_tokens([AddedToken("ab", single_word=True), AddedToken("cd", rstrip=True)])
     word, eats_spaces = reference.token_to_id("ab"), reference.token_to_id("cd")
-    # All of the first two planes and of the marks in plane 14; of the rest, ideographs and private
-    # characters by the ten thousand, every 50th.
-    codes = (*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0200))
-    for character in map(chr, (*codes, *range(0x20000, 0x110000, 50))):
+    for character in map(chr, (*range(0xD800), *range(0xE000, 0x110000))):
         ids = reference_ids(reference, f"ab{character}!cd{character}")
         assert in_a_word(character) == (word not in ids), ascii(character)
         assert (character in SPACES) == (ids[-1] == eats_spaces), ascii(character)

@@ -18,11 +18,11 @@ from data.prompts import student_prompt
 from data.reward import answers
 from data.scores import reflects, score
 from data.tokenizer import Tokenizer
-from data.wordproblems import Story, counts, problem_of
+from data.wordproblems import Story, counts, problem_of, wrong_day
 from demo.comparison import at_first_answer
 from demo.planted import named_day
 from examples.smollm2.prepare import MAX_TOKENS
-from examples.smollm2.stories import stories, wrong_day
+from examples.smollm2.stories import stories
 from model import LM
 from run.cli import positive
 from run.errors import run_command

@@ -96,6 +96,9 @@ def supervised(model: LM, batches: Iterable[list[Rollout]], steps: int, falls: b
         optimizer.param_groups[0]["lr"] = LEARNING_RATE
         if falls:
             optimizer.param_groups[0]["lr"] *= min(1.0, 2 * (steps - step) / steps)
+        for text in batch:
+            # All of it counts as guided, so π_old has no part in its loss, and need not be known.
+            text.old_logprobs = [0.0] * len(text.response)
         loss = update(model, optimizer, batch, settings=settings)["loss"]
         seconds = time.perf_counter() - began
         print(f"  step {step + 1}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
@@ -104,9 +107,7 @@ def supervised(model: LM, batches: Iterable[list[Rollout]], steps: int, falls: b
 def learned(tokenizer: Tokenizer, prompt: list[int], said: str) -> Rollout:
     """A text as `supervised` reads it: what is to be said after the prompt, and the end token."""
     response = tokenizer.encode(said) + [end_token(tokenizer)]
-    # All of it counts as guided, so π_old has no part in its loss, and need not be known.
-    unknown = [0.0] * len(response)
-    return Rollout(prompt, response, True, old_logprobs=unknown, guided_from=0, advantage=1.0)
+    return Rollout(prompt, response, finished=True, guided_from=0, advantage=1.0)
 
 
 def end_token(tokenizer: Tokenizer) -> int:
@@ -153,7 +154,7 @@ def go_on(pretrained: LM, tokenizer: Tokenizer, texts: list[Rollout]) -> None:
     for row, ids, more in zip(texts, begun, words):
         goes_on = ids[len(row.prompt) :] + more
         if not reflects(spoken(tokenizer, goes_on)):  # no text that it reads has a second answer
-            row.response, row.old_logprobs = goes_on, [0.0] * len(goes_on)
+            row.response = goes_on
 
 
 # The teacher.
@@ -191,13 +192,7 @@ def teacher_texts(teacher: Teacher, seed: str, steps: int) -> Iterator[list[Roll
             opinion = "correct" if tried.wrong is None else "incorrect"
             first = len(teacher.tokenizer.encode(f"<opinion>{opinion}"))
             # The opinion is one token of a hundred, and all that follows depends on it.
-            opinion_alone = replace(
-                whole,
-                response=whole.response[:first],
-                old_logprobs=[0.0] * first,
-                advantage=OPINION,
-            )
-            batch += [whole, opinion_alone]
+            batch += [whole, replace(whole, response=whole.response[:first], advantage=OPINION)]
         yield batch
 
 

@@ -7,7 +7,6 @@ one day belongs to a friend. Nobody here counts wrongly but on purpose: `attempt
 from __future__ import annotations
 
 import random
-import re
 from typing import NamedTuple
 
 from data.wordproblems import DAYS, Story, answer_sentence, counts, make_story, question
@@ -46,18 +45,6 @@ def line(story: Story, i: int, before: int, after: int) -> str:
         return f"{sentence(story, i)}: still {before}."
     day = story.days[i]
     return f"{sentence(story, i)}: {before} {day.sign} {day.amount} = {after}."
-
-
-LINE = re.compile(r"On (\w+day)[^:.]*: (?:still (\d+)|\d+ [-+] \d+ = (\d+))\.")
-
-
-def wrong_day(story: Story, said: str) -> str | None:
-    """The first weekday after which an attempt has another count than the story; None if none."""
-    truth = dict(zip(DAYS, counts(story)[1:]))
-    for weekday, still, result in LINE.findall(said):
-        if weekday in truth and int(still or result) != truth[weekday]:
-            return weekday
-    return None
 
 
 def attempt(story: Story, mistaken: bool = False, slip: int | None = None, by: int = 1) -> Attempt:

@@ -8,9 +8,9 @@ import torch
 
 from data.reward import final_answer
 from data.tokenizer import Tokenizer
-from data.wordproblems import DAYS, counts, question
+from data.wordproblems import DAYS, counts, question, wrong_day
 from examples.smollm2 import examine, prepare
-from examples.smollm2.stories import attempt, reply, some_attempt, stories, story, wrong_day
+from examples.smollm2.stories import attempt, reply, some_attempt, stories, story
 from model import LM, ModelConfig
 from teacher import parse_feedback
 from thinktuning import main
