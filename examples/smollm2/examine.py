@@ -100,7 +100,7 @@ def floors(model: LM, tokenizer: Tokenizer, records: list[tuple[Problem, str, bo
         attempt = at_first_answer(said)[0] + "." if answers(said) else said
         before = student_prompt(tokenizer, problem.question) + tokenizer.encode(attempt)
         # Each token's probability, if the text goes on like this: a blank line, a first word.
-        ends, blank, words = 0.0, 0.0, 0.0
+        words = 0.0
         for word in first_words:
             after = tokenizer.encode(f"\n\n{word}")
             logits = model(torch.tensor([before + after]))[0, len(before) - 1 : -1].float()

@@ -1,7 +1,8 @@
 """Stories, attempts at them and a teacher's replies, in whole sentences for a pretrained model.
 
 The stories are the built-in problems' (data/wordproblems.py), of two or three days. In some of them
-one day belongs to a friend. Nobody here counts wrongly but on purpose: `attempt` is told how.
+a friend does what one day tells. `attempt` works a story out, rightly or with a mistake that it is
+given.
 """
 
 from __future__ import annotations
