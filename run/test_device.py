@@ -111,6 +111,8 @@ class Device(TorchDispatchMode):
         """The innermost line of the program itself."""
         for frame in reversed(traceback.extract_stack()):
             path = Path(frame.filename)
+            if "site-packages" in path.parts:
+                continue  # a library, also where the environment lies in the project's own folder
             if path.is_relative_to(HOME) and not path.name.startswith("test_"):
                 return f"{path.relative_to(HOME)}, {frame.line}"
         return "a test"
