@@ -5,7 +5,7 @@ Symbols as in the paper: π_θ the policy being trained, π_old its snapshot at 
 sg(·) stop-gradient. A *guided* token counts as the teacher's; a *shaped* one has the guided loss.
 Shapes: Q questions, G rollouts of each; B rows, T tokens; N tokens with a loss. A row's first token
 is not predicted, so what belongs to a predicted token is (B, T-1).
-In this order: advantages, loss, update, log-probabilities, batches.
+In this order: advantages, loss, update, log-probabilities.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import LM
-from run.batches import SharedPrompts, micro_batches
+from run.batches import SharedPrompts, checked, collate, micro_batches
 from run.head import HeadLogprobs, gradient_buffer, slice_size
 from run.optimizer import MasterAdamW as MasterAdamW  # what `update` is given for bfloat16 weights
 from run.world import World, full
@@ -57,6 +57,8 @@ class LossSettings:
     """What the loss and the update of a step depend on."""
 
     clip: float = 0.2  # ε
+    clip_high: float = 0.0  # ε above 1, if it is another one: clip-higher, of DAPO
+    ratio: str = "token"  # or "response": ρ of a whole response, of GSPO
     dual_clip: float | None = 3.0  # c, bounds the loss where Â < 0; None: it has no bound
     unlikely: float = 0.01  # guard (c): bad tokens below this π are ordinary
     shaping: str = "aas"  # of guided tokens: "aas", "ratio" (none) or "likelihood" (log π)
@@ -66,6 +68,8 @@ class LossSettings:
     gamma_max: float = -0.001  # γ of the worst advantage
     kl_coef: float = 0.0  # weight of KL(π_θ ‖ π_ref)
     guided_tokens: str = "guidance"  # or "trajectory": the attempt before it, too
+    loss_mean: str = "token"  # over tokens, or "response" or "constant": see mean_loss
+    max_tokens: int = 1024  # L, the constant of the last one
     max_grad_norm: float = 1.0
     micro_batch: int = 16384  # tokens a forward pass, padding counted; changes no result
     temperature: float = 1.0  # π = softmax(z / temperature), as it was sampled
@@ -73,10 +77,12 @@ class LossSettings:
     published_dual_clip: bool = False  # no dual clip where no rollout is guided
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
     """Z-score rewards inside each question's group: (Q, G) -> (Q, G).
 
     A group whose rewards are all equal gets zeros: it carries no signal.
+    Other kinds: "centred" leaves the std out (Dr. GRPO); "leave-one-out" subtracts the mean of the
+    other rollouts (RLOO).
     Raises ValueError for anything but a matrix of finite numbers.
     """
     shape = tuple(rewards.shape)
@@ -88,6 +94,10 @@ def group_advantages(rewards: Tensor) -> Tensor:
     # Â_i = (r_i − mean r) / (std r + 1e-6)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
+    if kind == "centred":
+        advantages = centred
+    elif kind == "leave-one-out":
+        advantages = centred * shape[1] / (shape[1] - 1)  # = r_i − mean of the others
     return advantages.masked_fill(equal, 0.0)  # a mean is rounded, and 1e-6 blows the rest up
 
 
@@ -100,14 +110,15 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The mean of token_losses, and metrics, which are 0 over no tokens.
+    """The mean of token_losses (mean_loss), and metrics, which are 0 over no tokens.
 
     options: fields of LossSettings. Training goes through `update` instead.
     """
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
-    losses, measured = token_losses(*batch, LossSettings(**options), ref_logprobs)
-    loss = losses.sum() / mask.sum().clamp(min=1)  # token mean: Σ ℓ / number of tokens
+    settings = LossSettings(**options)
+    losses, measured = token_losses(*batch, settings, ref_logprobs)
+    loss = mean_loss(losses, mask, int(mask.sum()), len(mask), settings)
     metrics = {"loss": loss.item()}
     for name, (values, where) in measured.items():
         metrics[name] = ((values * where).sum() / where.sum().clamp(min=1)).item()
@@ -130,14 +141,20 @@ def token_losses(
     """
     logprobs, old_logprobs, advantages, mask = checked(logprobs, old_logprobs, advantages, mask)
     guided = guided.bool() & mask
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
     pi = logprobs.detach().exp()  # sg(π_θ)
-    # PPO's loss on ordinary tokens, another on shaped ones: guided, and not set aside by guard (c).
-    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, settings.clip, settings.dual_clip)
-    shaped, w = torch.zeros_like(guided), None
+    # Shaped tokens: guided, and not set aside by guard (c). All others have PPO's loss.
+    shaped = torch.zeros_like(guided)
     if settings.shaping != "ratio":
         shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
+    kl_old = ratio - 1 - log_ratio  # k3 estimate of KL(π_old ‖ π_θ)
+    if settings.ratio == "response":
+        ratio = response_ratio(log_ratio, mask & ~shaped)
+    clips = settings.clip, settings.dual_clip, settings.clip_high
+    loss, clipped, dual_clipped = clipped_loss(ratio, advantages, *clips)
+    w = None
+    if settings.shaping != "ratio":
         # Elsewhere log π counts as 0: a w of 0/0 that nobody uses would still send NaN back.
         shaped_logprobs = logprobs.masked_fill(~shaped, 0.0)
         loss_if_shaped, w = guided_loss(shaped_logprobs, advantages, settings)
@@ -145,7 +162,7 @@ def token_losses(
     if settings.kl_coef:
         loss = loss + settings.kl_coef * kl_to_reference(logprobs, ref_logprobs, mask)
     measured = {
-        "kl_old": (ratio - 1 - log_ratio, mask),  # k3 estimate of KL(π_old ‖ π_θ)
+        "kl_old": (kl_old, mask),
         "clip_fraction": (clipped & ~shaped, mask),
         "dual_clip_fraction": (dual_clipped & ~shaped, mask),
         "guided_share": (guided, mask),
@@ -157,35 +174,30 @@ def token_losses(
     return loss * mask, measured
 
 
-def checked(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
-) -> list[Tensor]:
-    """The same, (B, T-1) each, in float32 at least and 0 outside the mask; or a ValueError."""
-    tensors = [logprobs, old_logprobs, advantages]
-    shapes = [tuple(x.shape) for x in (*tensors, mask)]
-    B, n = mask.shape  # n = T-1
-    if shapes[:2] != [(B, n)] * 2 or shapes[2] not in ((B, 1), (B, n)):
-        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
-    mask = mask.bool()
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
-    # Padding may hold anything, also NaN, which would spread.
-    inside = [x.to(dtype).expand(B, n).masked_fill(~mask, 0.0) for x in tensors]
-    return [*inside, mask]
-
-
 def clipped_loss(
-    ratio: Tensor, advantages: Tensor, clip: float = 0.2, dual_clip: float | None = 3.0
+    ratio: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    dual_clip: float | None = 3.0,
+    clip_high: float = 0.0,  # the upper ε; 0: as `clip`
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ℓ of ordinary tokens, and where each clip binds: PPO's pessimistic bound, and a dual clip.
 
     ratio ρ: (B, T-1); advantages: (B, T-1) or (B, 1); returns three of (B, T-1).
     """
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    bounded = ratio.clamp(1 - clip, 1 + (clip_high or clip))
+    plain, clipped = -advantages * ratio, -advantages * bounded
     loss = torch.maximum(plain, clipped)  # ℓ = max(−Âρ, −Â·clip(ρ, 1−ε, 1+ε))
     c = math.inf if dual_clip is None else dual_clip
     dual_clipped = (advantages < 0) & (loss > -advantages * c)
     loss = torch.where(dual_clipped, -advantages * c, loss)  # Â < 0: ℓ = min(ℓ, −Â·c)
     return loss, clipped > plain, dual_clipped
+
+
+def response_ratio(log_ratio: Tensor, where: Tensor) -> Tensor:
+    """GSPO's ρ, one of each row: (π_θ/π_old of its tokens together)^(1/their number), (B, T-1)."""
+    mean = (log_ratio * where).sum(1, keepdim=True) / where.sum(1, keepdim=True).clamp(min=1)
+    return mean.clamp(-20, 20).exp().expand_as(log_ratio)
 
 
 def guided_loss(
@@ -246,6 +258,20 @@ def too_unlikely_to_push_down(advantages: Tensor, pi: Tensor, unlikely: float) -
     return (advantages < 0) & (pi < unlikely)
 
 
+def mean_loss(
+    losses: Tensor, mask: Tensor, tokens: int, rollouts: int, settings: LossSettings
+) -> Tensor:
+    """These rows' part of the mean over a mini-batch of so many tokens and rollouts.
+
+    losses, mask: (B, T-1). The method's mean is that over all tokens.
+    """
+    if settings.loss_mean == "response":  # GRPO in DeepSeekMath: of each response, then of all
+        return (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / max(1, rollouts)
+    if settings.loss_mean == "constant":  # Dr. GRPO: by a length that no response can change
+        return losses.sum() / (max(1, rollouts) * settings.max_tokens)
+    return losses.sum() / max(1, tokens)  # token mean: Σ ℓ / tokens of the mini-batch
+
+
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
     """An estimate of KL(π_θ ‖ π_ref) from each token, (B, T-1), which is never negative."""
     if ref_logprobs is None:
@@ -279,7 +305,8 @@ def update(
     some_guided = any(world.gather([r.guided_from is not None for r in rollouts]))
     if settings.published_dual_clip and not some_guided:
         settings = replace(settings, dual_clip=None)
-    total = max(1, sum(world.gather([len(r.response) for r in rollouts])))
+    lengths = world.gather([len(r.response) for r in rollouts])
+    total, count = max(1, sum(lengths)), len(lengths)
     # Micro-batches of the rollouts that have a loss, and empty ones up to the number of passes.
     active = [r for r in rollouts if r.advantage != 0 or settings.kl_coef]
     batches = micro_batches(active, settings.micro_batch)
@@ -291,7 +318,8 @@ def update(
     with gradient_buffer(model, optimizer, world) as head_grad:
         for batch in batches:
             losses, measured = batch_losses(model, batch, settings, reference, head_grad)
-            mean = losses.sum() / total  # token mean: Σ ℓ / tokens of the mini-batch
+            _, mask = measured["loss"]
+            mean = mean_loss(losses, mask, total, count, settings)
             (mean * world.size).backward()  # FSDP takes the mean over the processes
             for name, (values, where) in measured.items():
                 sums.append((name, (values * where).sum().item(), int(where.sum())))
@@ -410,25 +438,3 @@ def logprobs_at(
         states = model.hidden(tokens[:, :-1]).flatten(0, 1)[at]
     targets = tokens[:, 1:].flatten()[at]
     return HeadLogprobs.apply(states, model.head.weight, targets, *options)  # type: ignore
-
-
-def collate(
-    rollouts: list[Rollout], guided_tokens: str = "guidance", device: str | torch.device = "cpu"
-) -> list[Tensor]:
-    """Pad to tokens (B, T), mask, guided and old_logprobs (B, T-1), advantages (B, 1)."""
-    width = max(len(r.prompt) + len(r.response) for r in rollouts)
-    tokens = torch.zeros(len(rollouts), width, dtype=torch.int64)
-    mask = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
-    guided, old_logprobs = torch.zeros_like(mask), torch.zeros(mask.shape)
-    for i, r in enumerate(rollouts):
-        start = len(r.prompt) - 1  # position t predicts token t+1
-        end = start + len(r.response)
-        tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
-        mask[i, start:end] = True
-        if r.guided_from is not None:
-            first = r.guided_from if guided_tokens == "guidance" else 0
-            guided[i, start + first : end] = True
-        if r.old_logprobs is not None:
-            old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
-    advantages = torch.tensor([[r.advantage] for r in rollouts])
-    return [x.to(device) for x in (tokens, mask, guided, old_logprobs, advantages)]

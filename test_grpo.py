@@ -628,11 +628,14 @@ def applied_gradient(model, rollouts, **options):
     return [old - new.detach() for old, new in zip(before, model.parameters())], metrics
 
 
-def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.0):
-    """Each rollout by itself; token losses by the reference; the mean over all response tokens."""
+def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.0, weights=None):
+    """Each rollout by itself; token losses by the reference; the mean over all response tokens.
+
+    weights: of a token of each rollout, where it is another mean.
+    """
     model = copy.deepcopy(model)
     total = sum(len(r.response) for r in rollouts)
-    for r in rollouts:
+    for r, weight in zip(rollouts, weights or [1 / total] * len(rollouts)):
         ids = r.prompt + r.response
         logp = (model(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
         for t in range(len(r.response)):
@@ -642,7 +645,7 @@ def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.
                 t >= r.guided_from or guided_tokens == "trajectory"
             )
             _, slope = reference_token(here.item(), r.old_logprobs[t], r.advantage, guided)
-            (here * slope / total).backward(retain_graph=True)
+            (here * slope * weight).backward(retain_graph=True)
     return [p.grad for p in model.parameters()]
 
 
@@ -663,6 +666,90 @@ def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_b
     options = dict(guided_tokens=guided_tokens, temperature=temperature)
     found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, **options)
     assert_same(found, reference_gradient(model, rollouts, **options))
+
+
+# ------------------------------------------------------------------ variants from the literature
+
+
+@PROPERTY
+@given(st.lists(st.lists(st.sampled_from((0.0, 1.0, 0.3)), min_size=5, max_size=5), min_size=1))
+def test_other_advantages_leave_out_the_std_or_the_rollouts_own_reward(rewards):
+    centred, others = (
+        group_advantages(torch.tensor(rewards, dtype=torch.float64), kind).tolist()
+        for kind in ("centred", "leave-one-out")
+    )
+    for i, group in enumerate(rewards):
+        for j, r in enumerate(group):
+            assert centred[i][j] == pytest.approx(r - statistics.fmean(group), abs=1e-12)
+            rest = group[:j] + group[j + 1 :]
+            assert others[i][j] == pytest.approx(r - statistics.fmean(rest), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "advantage, rho, loss, slope",
+    [
+        (2.0, 1.27, -2.54, -2.54),  # beyond 1.2 and below 1.28: it may still rise
+        (2.0, 1.5, -2.56, 0.0),
+        (-2.0, 0.79, 1.6, 0.0),  # the lower bound stays
+    ],
+)
+def test_clip_higher_moves_the_upper_bound_alone(advantage, rho, loss, slope):
+    token = one_token(-3.0, advantage, -3.0 - math.log(rho), guided=False, clip_high=0.28)
+    assert token == pytest.approx((loss, slope), rel=1e-5, abs=1e-7)
+
+
+@PROPERTY
+@given(batches())
+def test_the_ratio_of_a_response_is_the_geometric_mean_of_its_ordinary_tokens_ratios(batch):
+    loss, gradient, metrics = loss_and_gradient(batch, ratio="response", clip=0.3, clip_high=0.4)
+    logp, old, a, mask, guided = as_lists(batch)
+    total, slopes = 0.0, torch.zeros_like(gradient)
+    n = sum(map(sum, mask))
+    for i, row in enumerate(mask):
+        inside = [t for t, m in enumerate(row) if m]
+        shaped = [t for t in inside if is_shaped(logp[i][t], a[i], guided[i][t])]
+        ordinary = [t for t in inside if t not in shaped]
+        for t in shaped:
+            loss_here, slope = reference_token(logp[i][t], 0.0, a[i], True)
+            total, slopes[i, t] = total + loss_here / n, slope / n
+        if not ordinary:
+            continue
+        product = math.prod(math.exp(logp[i][t] - old[i][t]) for t in ordinary)
+        rho = product ** (1 / len(ordinary))
+        clipped = -a[i] * min(max(rho, 0.7), 1.4)
+        loss_here, slope = max(-a[i] * rho, clipped), -a[i] * rho * (-a[i] * rho >= clipped)
+        if a[i] < 0 and loss_here > -3 * a[i]:
+            loss_here, slope = -3 * a[i], 0.0
+        total += len(ordinary) * loss_here / n
+        for t in ordinary:  # each of |o| losses has ∇ρ = ρ/|o|·Σ ∇log π
+            slopes[i, t] += slope / n
+    assert loss.item() == pytest.approx(total, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(gradient, slopes, rtol=1e-8, atol=1e-12)
+    assert metrics["kl_old"] == loss_and_gradient(batch)[2]["kl_old"]  # which is of tokens
+
+
+@pytest.mark.parametrize("mean", ("response", "constant"))
+@pytest.mark.parametrize("micro_batch", (1, 30, 10**6))
+def test_other_means_weigh_a_token_as_they_say_whatever_the_micro_batch(mean, micro_batch):
+    model = tiny_model()
+    rollouts = ragged_rollouts(model)
+    weights = [1 / (len(rollouts) * 20) for _ in rollouts]
+    if mean == "response":
+        weights = [1 / (len(rollouts) * len(r.response)) for r in rollouts]
+    options = dict(loss_mean=mean, max_tokens=20, micro_batch=micro_batch)
+    found, _ = applied_gradient(model, rollouts, **options)
+    assert_same(found, reference_gradient(model, rollouts, weights=weights))
+    assert applied_gradient(model, [NOTHING], **options)[1]["loss"] == 0  # not NaN
+
+
+def test_the_mean_of_responses_is_that_of_a_batch_without_a_model():
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    batch = dict(logprobs=torch.zeros(2, 3), old_logprobs=torch.zeros(2, 3), mask=mask)
+    batch["advantages"] = torch.tensor([[-1.0], [-3.0]])
+    losses = {
+        kind: policy_loss(**batch, loss_mean=kind)[0].item() for kind in ("token", "response")
+    }
+    assert losses == {"token": (1 + 3 * 3) / 4, "response": (1 + 3) / 2}
 
 
 # The policy that is trained is the one that was sampled: softmax(z / T), here of a model with 8 tokens, two of which

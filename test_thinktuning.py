@@ -121,7 +121,7 @@ def test_the_teacher_reads_question_and_attempt_and_each_group_is_compared_with_
     config = tiny_config(steps=1, max_tokens=60, samples=4, schedule="constant", p_init=0.5)
     train(student, tokenizer, Loop(problems, config), teacher, reward=thinktuning.reward)
     given = {letter: args for letter, args in calls}
-    rollouts, _ = given["7"]
+    rollouts, *_ = given["7"]
     helped = [r for r in rollouts if r.asked]
     assert helped and given["3"] == ([r.question for r in helped], [r.attempt for r in helped])
     batches = [

@@ -119,7 +119,7 @@ def train(
         for rollout in rollouts:
             rollout.reward = reward(rollout)
         # 7. Advantages: Â_i = (r_i − mean r) / (std r + 1e-6) in each question's group.
-        set_advantages(rollouts, config.samples)
+        set_advantages(rollouts, config.samples, config.advantages)
         # 8. Update: first log π_old, before the first mini-batch moves the student. Only augmented
         #    rollouts still lack it.
         snapshot(policy, rollouts, config.micro_batch, config.temperature)
@@ -182,10 +182,11 @@ def share_of_help(step: int, config: Config) -> float:
     return guidance_fraction(step, steps, config.schedule, p_init, p_min, config.eps)
 
 
-def set_advantages(rollouts: list[Rollout], samples: int) -> None:
+def set_advantages(rollouts: list[Rollout], samples: int, kind: str = "z-score") -> None:
     """Fill in Â of each rollout; `samples` of each question stand side by side."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
-    advantages = group_advantages(rewards).flatten().tolist()  # question-major, as the rollouts
+    # Question-major, as the rollouts.
+    advantages = group_advantages(rewards, kind).flatten().tolist()
     for rollout, advantage in zip(rollouts, advantages):
         rollout.advantage = advantage
 

@@ -48,6 +48,39 @@ def shuffled(ask, rng):
     return ask_and_shift
 
 
+def without_reason(ask, rng):
+    """Only the continuation: the phrase's first sentence stands where the reason would stand."""
+
+    def ask_and_cut(questions, attempts):
+        return [with_reason(reply, None) for reply in ask(questions, attempts)]
+
+    return ask_and_cut
+
+
+def reasons_shuffled(ask, rng):
+    """Every phrase keeps its place, and gets the reason of the next question's rollout."""
+
+    def ask_and_mix(questions, attempts):
+        replies = ask(questions, attempts)
+        others = [parse_feedback(reply) for reply in replies[1:] + replies[:1]]
+        pairs = zip(replies, others)
+        return [with_reason(reply, other.reason) if other else reply for reply, other in pairs]
+
+    return ask_and_mix
+
+
+def with_reason(reply: str, reason: str | None) -> str:
+    """The reply with another reason; None: with none."""
+    feedback = parse_feedback(reply)
+    if feedback is None:
+        return reply
+    opinion, _, phrase = feedback
+    if reason is None:
+        first, dot, phrase = phrase.partition(". ")
+        reason = first + dot.strip()
+    return FEEDBACK.format(opinion, reason, phrase)
+
+
 def always_content(ask, rng):
     """A teacher that confirms every attempt, whatever it says."""
 
@@ -96,10 +129,22 @@ CONTROLS = {
     "whole trajectory guided": Variant(dict(guided_tokens="trajectory")),
     "teacher for the whole run": Variant(dict(schedule="constant")),
     "feedback shuffled": Variant(wrap=shuffled),
+    "guidance without its reason": Variant(wrap=without_reason),
+    "reasons shuffled": Variant(wrap=reasons_shuffled),
     "teacher says correct": Variant(wrap=always_content),
     "guidance begins anew": Variant(texts=dict(anew=True)),
     "supervised on guided rollouts": Variant(supervised=1),
     "supervised, guided as in RL": Variant(supervised=DEMO["samples"]),
+}
+LITERATURE = {  # docs/grpo.md has the formulas
+    "centred: no std (Dr. GRPO)": dict(advantages="centred"),
+    "leave-one-out (RLOO)": dict(advantages="leave-one-out"),
+    "mean of each response": dict(loss_mean="response"),
+    "constant denominator": dict(loss_mean="constant"),
+    "centred, constant (Dr. GRPO)": dict(advantages="centred", loss_mean="constant"),
+    "clip-higher (DAPO)": dict(clip_high=0.28),
+    "ratio of a response (GSPO)": dict(ratio="response", clip=3e-4, clip_high=4e-4),
+    "KL term, 0.04": dict(kl_coef=0.04),
 }
 LOSSES = {
     "AAS": {},
@@ -130,6 +175,7 @@ def learning_rates() -> dict[str, Variant]:
 
 VARIANTS = {
     "all": {**THINKTUNING, **CONTROLS, **GRPO},
+    "grpo": {**THINKTUNING, **{name: Variant(changes) for name, changes in LITERATURE.items()}},
     "long": {**THINKTUNING, **GRPO},
     "stress": under_stress(),
     "rates": learning_rates(),

@@ -95,3 +95,16 @@ def test_corrupted_and_shuffled_feedback_do_what_they_say():
     )
     moved = demo.ablations.shuffled(lambda q, a: replies, random.Random(0))([], [])
     assert all(a != b for a, b in zip(moved, replies)) and sorted(moved) == sorted(replies)
+
+
+def test_a_reason_is_taken_away_or_given_to_another_and_the_phrase_stays():
+    form = "<opinion>incorrect</opinion><reason>look at {0}.</reason><phrase>It is {0}. Then 3. \\boxed{{{0}}}.</phrase>"
+    replies = [form.format(n) for n in range(3)] + ["no reply"]
+    cut = demo.ablations.without_reason(lambda q, a: replies, None)([], [])
+    found = [parse_feedback(reply) for reply in cut]
+    assert found[1] == ("incorrect", "It is 1.", "Then 3. \\boxed{1}.") and found[3] is None
+    mixed = demo.ablations.reasons_shuffled(lambda q, a: replies, None)([], [])
+    found = [parse_feedback(reply) for reply in mixed]
+    assert [one.reason for one in found[:3]] == ["look at 1.", "look at 2.", "look at 2."]
+    assert [one.phrase for one in found[:3]] == [parse_feedback(r).phrase for r in replies[:3]]
+    assert found[3] is None

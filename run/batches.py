@@ -1,4 +1,6 @@
-"""Batches of rollouts: how they are cut, and how one becomes a row that holds each prompt once.
+"""Batches of rollouts: how they are cut, and how one becomes tensors.
+
+`collate` pads a batch. `SharedPrompts` makes it one row that holds each prompt once.
 
 All G rollouts of a question begin with the same prompt, and no prompt's token sees a response. So
 it need not go through the model G times. The linear layers, which are nearly all of the work, see
@@ -25,10 +27,18 @@ R = TypeVar("R", bound="Tokens")
 
 
 class Tokens(Protocol):
-    """What is read of a rollout."""
+    """What a pass reads of a rollout."""
 
     prompt: list[int]
     response: list[int]
+
+
+class Row(Tokens, Protocol):
+    """What a row of tensors holds of a rollout."""
+
+    guided_from: int | None
+    old_logprobs: list[float] | None
+    advantage: float
 
 
 def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
@@ -61,6 +71,44 @@ def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
         cost, start = min(choices)
         best.append((cost, [*best[start][1], [r for _, r in numbered[start:n]]]))
     return best[-1][1]
+
+
+def collate(
+    rollouts: Sequence[Row], guided_tokens: str = "guidance", device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """Pad to tokens (B, T), mask, guided and old_logprobs (B, T-1), advantages (B, 1)."""
+    width = max(len(r.prompt) + len(r.response) for r in rollouts)
+    tokens = torch.zeros(len(rollouts), width, dtype=torch.int64)
+    mask = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
+    guided, old_logprobs = torch.zeros_like(mask), torch.zeros(mask.shape)
+    for i, r in enumerate(rollouts):
+        start = len(r.prompt) - 1  # position t predicts token t+1
+        end = start + len(r.response)
+        tokens[i, : end + 1] = torch.tensor(r.prompt + r.response)
+        mask[i, start:end] = True
+        if r.guided_from is not None:
+            first = r.guided_from if guided_tokens == "guidance" else 0
+            guided[i, start + first : end] = True
+        if r.old_logprobs is not None:
+            old_logprobs[i, start:end] = torch.tensor(r.old_logprobs)
+    advantages = torch.tensor([[r.advantage] for r in rollouts])
+    return [x.to(device) for x in (tokens, mask, guided, old_logprobs, advantages)]
+
+
+def checked(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> list[Tensor]:
+    """The same, (B, T-1) each, in float32 at least and 0 outside the mask; or a ValueError."""
+    tensors = [logprobs, old_logprobs, advantages]
+    shapes = [tuple(x.shape) for x in (*tensors, mask)]
+    B, n = mask.shape  # n = T-1
+    if shapes[:2] != [(B, n)] * 2 or shapes[2] not in ((B, 1), (B, n)):
+        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
+    mask = mask.bool()
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
+    # Padding may hold anything, also NaN, which would spread.
+    inside = [x.to(dtype).expand(B, n).masked_fill(~mask, 0.0) for x in tensors]
+    return [*inside, mask]
 
 
 class SharedPrompts:

@@ -60,7 +60,23 @@ class Config:
     max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
 
     clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
+    clip_high: float = option(0.0, "loss", "its epsilon above 1 (DAPO); 0: as --clip", least=0)
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
+    ratio: str = option(
+        "token", "loss", "of each token, or of a response (GSPO)", choices=("token", "response")
+    )
+    loss_mean: str = option(
+        "token",
+        "loss",
+        "over tokens; of each response first (DeepSeekMath); by a constant (Dr. GRPO)",
+        choices=("token", "response", "constant"),
+    )
+    advantages: str = option(
+        "z-score",
+        "loss",
+        "in a group; centred: no std (Dr. GRPO); leave-one-out: RLOO",
+        choices=("z-score", "centred", "leave-one-out"),
+    )
     kl_coef: float = option(0.0, "loss", "weight of the k3 KL term to the initial policy", least=0)
     shaping: str = option(
         "aas", "loss", "weight of guided tokens", choices=("aas", "ratio", "likelihood")
