@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="OUT", type=Path, required=True)
     parser.add_argument("models", metavar="MODEL_DIR", nargs="+", type=Path)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--count", type=positive, help="only the first so many problems")
     return run_command(prepare, parser.parse_args(argv))
 

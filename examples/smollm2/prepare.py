@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     parser.add_argument("--out", metavar="OUT", type=Path, required=True)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=positive, help="of each training, for a quick try")
     return run_command(prepare, parser.parse_args(argv))
 
