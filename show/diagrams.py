@@ -136,7 +136,7 @@ def pieces(advantage: float) -> list[tuple[bool, list[tuple[float, float]]]]:
 # Advantage-Aware Shaping: docs/off-policy.md.
 
 GOOD, BAD = {4.0: "blue", 2.0: "green"}, {-4.0: "orange", -2.0: "green"}  # Â: its colour
-PIS = [10 ** (i / 80) for i in range(-400, 1)]
+PIS = [10 ** (i / 60) for i in range(-300, 1)]
 DECADES = {1e-5: "0.00001", 1e-4: "0.0001", 1e-3: "0.001", 1e-2: "0.01", 0.1: "0.1", 1.0: "1"}
 LOWEST, HIGHEST = -2.0, 4.0  # w that is drawn, of bad rollouts
 

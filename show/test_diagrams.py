@@ -171,7 +171,7 @@ def test_the_weights_lines_are_the_formula_with_its_guards():
     assert len(lines) == 2 + 2 * 4
     for i, (style, points) in enumerate(lines):
         advantage = (4, 2, -4, -4, -4, -4, -2, -2, -2, -2)[i]
-        pis = [10 ** (round(80 * math.log10(pi)) / 80) for pi, _ in points]  # as they were drawn
+        pis = [10 ** (round(60 * math.log10(pi)) / 60) for pi, _ in points]  # as they were drawn
         for pi, (_, shown) in zip(pis, points):
             gamma = 0.001 * advantage / 4
             expected = pi / (pi + gamma) if "thin" in style else w(pi, advantage)
