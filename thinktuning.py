@@ -56,6 +56,7 @@ from run.record import Run, earlier_settings
 from run.world import World
 from sampler import generate
 from show import ask, plan, report
+from show.live import live_report
 from show.outcome import print_outcome, print_scores
 from show.transcripts import transcripts
 from teacher import (
@@ -345,7 +346,8 @@ def prepare_train(args: argparse.Namespace) -> Callable[[], None]:
     )
 
     def job() -> None:
-        history = train(student, tokenizer, loop, teacher)
+        with live_report(out, world.is_first and config.eval_every > 0) as loop.page:
+            history = train(student, tokenizer, loop, teacher)
         trained = world.whole(student)  # of several processes all must take part
         run.close()
         if world.is_first:

@@ -16,6 +16,7 @@ from demo.base import FLOOR, RECIPE, Setup
 from demo.comparison import demonstrate
 from run.config import DEMO, Config
 from run.record import writable
+from show.live import live_report
 
 
 def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Callable[[], None]:
@@ -50,4 +51,9 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
         return lambda: novelty.compare(setup)
     if args.ablate:
         return lambda: ablate(setup, args.ablate, args.repeats or 3)
-    return lambda: demonstrate(setup)
+
+    def job():
+        with live_report(out) as page:
+            demonstrate(setup, page)
+
+    return job

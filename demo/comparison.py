@@ -34,8 +34,11 @@ SAMPLED = (  # scores that are also given for sampled responses
 CURVE = dict(eval_every=5, eval_count=100)  # evaluations during training, for the report's curves
 
 
-def demonstrate(setup: Setup):
-    """Make the base model, train it by both methods, examine all three, print and write it."""
+def demonstrate(setup: Setup, page):
+    """Make the base model, train it by both methods, examine all three, print and write it.
+
+    `page()` writes the report of what there is so far.
+    """
     out, config, clock = setup.out, setup.config, Clock()
     remove_old_results(out)
     base = base_model(setup)
@@ -51,7 +54,7 @@ def demonstrate(setup: Setup):
     clock.lap("examining")
     for method in METHODS:
         changed = replace(config, method=method, **CURVE)
-        student, curves[method] = train_one(setup, base, changed, out / method)
+        student, curves[method] = train_one(setup, base, changed, out / method, page)
         clock.lap(method)
         if not save_trained(setup, student, method, curves[method]):
             return
@@ -99,8 +102,8 @@ class Clock:
 
 
 def remove_old_results(out):
-    """Delete the old table and report, because they would not belong to the new models."""
-    for name in ("summary.json", "report.html"):
+    """Delete the old table, report and metrics: they would not belong to the new models."""
+    for name in ("summary.json", "report.html", *(f"{method}/metrics.jsonl" for method in METHODS)):
         (out / name).unlink(missing_ok=True)
 
 
@@ -137,6 +140,7 @@ def train_one(
     base,
     config,
     path=None,
+    page=lambda: None,
     *,
     wrap=None,
     name="the demonstration's base",
@@ -145,8 +149,8 @@ def train_one(
     """Train a copy of `base` by `config.method`; returns it and the metrics of every step.
 
     The teacher is `base` itself. `wrap(ask, rng)` may replace how it is asked. With `path` the run
-    is recorded there, and `name` is what its config.json calls the model. `changes` go to `train`:
-    another `reward`.
+    is recorded there, and `name` is what its config.json calls the model; `page()` is called after
+    each evaluation. `changes` go to `train`: another `reward`.
     """
     student = copy.deepcopy(base).requires_grad_(True)
     teacher = None
@@ -159,7 +163,7 @@ def train_one(
         run = Run(path, {"model": name, **vars(config)}, config.method)
         validation = load_problems("wordproblems", "validation")[: config.eval_count]
     problems = load_problems("wordproblems", "train")
-    loop = Loop(problems, config, run=run, validation=validation)
+    loop = Loop(problems, config, run=run, validation=validation, page=page)
     history = setup.train(student, setup.tokenizer, loop, teacher, **changes)
     if run:
         run.close()

@@ -98,7 +98,7 @@ def test_a_base_is_made_once_for_each_floor_and_anew_from_scratch(tmp_path, monk
 
 def test_the_flags_reach_the_base_model(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("demo.command.demonstrate", seen.append)
+    monkeypatch.setattr("demo.command.demonstrate", lambda setup, page: seen.append(setup))
     assert main(["--out", str(tmp_path)]) == 0
     assert main(["--out", str(tmp_path), "--from-scratch", "--floor", "0"]) == 0
     assert [setup.from_scratch for setup in seen] == [False, True]

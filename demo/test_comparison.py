@@ -2,12 +2,20 @@
 
 import json
 
+import show.live
 from run.config import DEMO
 from thinktuning import main
 
 
 def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(DEMO, "questions", 4)
+    pages = []  # while the demonstration lasts, and at its end
+
+    def write(path, live=False, write_report=show.live.write_report):
+        write_report(path, live)
+        pages.append((path / "report.html").read_text())
+
+    monkeypatch.setattr(show.live, "write_report", write)
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for name in ("base", "grpo", "thinktuning"):
@@ -34,10 +42,15 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
         assert {"goes_on", "names_line", "accuracy", "takes_over"} <= found.keys()
     assert summary["planted"]["right"]["names_line"] is None
     assert summary["seconds"]["pretrain"] > 0
+    reloads = ['http-equiv="refresh"' in page for page in pages]
+    assert reloads == [True, True, False]  # GRPO's evaluation, ThinkTuning's, and the end
     first = capsys.readouterr().out
+    assert first.startswith(f"{tmp_path / 'report.html'} shows the run")
     assert "W ThinkTuning" in first and "under the teacher prompt" in first
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     assert "cached in" in capsys.readouterr().out
+    method = "<td>ThinkTuning</td>"  # no run of the first demonstration is on a page of the second
+    assert [method in page for page in pages] == [False, True, True] * 2
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["cpu_seconds"]["pretrain"] < summary["cpu_seconds"]["pretrain"] / 2
     for name in ("base", "grpo", "thinktuning"):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import grpo
-from model import ModelConfig
 from run.config import Config
 from show import plan
+from show.diagrams import LLAMA_3B, RUNS, SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -248,24 +248,13 @@ def table_std():
     return text
 
 
-SETTINGS = {
-    "rows 128, micro-batch 16,384, blocks kept": dict(micro_batch=16384, recompute=False),
-    "the same, computed again": dict(micro_batch=16384),
-    "rows 16, micro-batch 2,048, computed again": dict(micro_batch=2048, rows=16),
-}
-LLAMA_3B = ModelConfig(
-    128256, 3072, 28, 24, 8, 128, 8192, rope_theta=5e5, max_seq_len=131072, tie_embeddings=True
-)
-SIZES = plan.Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16, device="cuda")
-
-
 def memory(**settings):
     return plan.memory(Config(**settings), SIZES)
 
 
 def table_memory():
-    columns = [memory(**settings) for settings in SETTINGS.values()]
-    text = head("GiB", *SETTINGS)
+    columns = [plan.memory(config, SIZES) for config in RUNS.values()]
+    text = head("GiB", *RUNS)
     for key in columns[0]:
         text += row(key, *(f"{c[key] / plan.GIB:.1f}" for c in columns))
     return text + row("**at the peak**", *(f"**{plan.peak(c) / plan.GIB:.1f}**" for c in columns))

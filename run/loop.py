@@ -34,7 +34,8 @@ class Loop:
 
     It goes on where `run` has a checkpoint, evaluates on `validation` now and then, and ends after
     the step in which SIGINT or SIGTERM arrives. `has_flags` says that the settings came from
-    train's flags, so that a hint may name them.
+    train's flags, so that a hint may name them. `page()` is called after each evaluation, once the
+    run has recorded it: it writes the report anew.
 
     Of several processes (`world`) each has its own questions and rollouts. They meet in `record`.
     """
@@ -48,10 +49,11 @@ class Loop:
         validation: Sequence[Problem] = (),
         world: World = World(),
         has_flags: bool = False,
+        page: Callable[[], None] = lambda: None,
     ) -> None:
         self.problems, self.config = problems, config.with_steps(len(problems))
         self.run, self.validation, self.world = run, validation, world
-        self.has_flags = has_flags
+        self.has_flags, self.page = has_flags, page
         self.history: list[Metrics] = []
         self.began, self.stopped = time.perf_counter(), False
 
@@ -128,6 +130,8 @@ class Loop:
         if self.run:
             transcripts = self.transcribe(rollouts, step=step) if self.transcribe else []
             self.run.log(metrics, self.config.steps, transcripts)
+            if is_due and self.world.is_first:
+                self.page()
         self.stopped = self.signalled()  # last, because a signal may come at any of this
         saves = self.config.save_every > 0
         if self.run and saves and (self.stopped or self.is_due(step, self.config.save_every)):

@@ -110,6 +110,21 @@ def test_a_run_without_interruption_makes_every_step():
     assert run.saved == [2, 4, 5]
 
 
+@pytest.mark.parametrize("rank, written", [(0, [2, 4, 5]), (1, [])])
+def test_the_first_process_writes_the_page_once_an_evaluation_is_recorded(rank, written):
+    class Alike(World):  # of two processes that do the same
+        def gather(self, values):
+            return [*values, *values]
+
+    run, pages = Recorder(), []
+    config = Config(steps=5, questions=2, samples=2, eval_every=2)
+    write = lambda: pages.append(len(run.logged))  # noqa: E731
+    loop = loop_of(config, run=run, world=Alike(rank, 2), page=write)
+    for step, questions in loop.steps(None, None):
+        loop.record(step, rollouts_of(questions, 2), UPDATED)
+    assert pages == written
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["in the step", "while evaluating", "while recording"])
 def test_a_signal_ends_the_run_after_the_step_in_which_it_comes(number, moment, capsys):

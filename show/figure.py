@@ -1,10 +1,7 @@
-"""The pictures of the pages: how many of the student's rollouts reflect, step by step.
+"""The pictures of the pages. Here: how many of the student's rollouts reflect, step by step.
 
-    python -m show.figure                            draw them all from the curves in results/
-    python -m show.figure demonstration out/demo-0   take that one's curves from these runs first
-
-The colours follow the reader's light or dark scheme. The background belongs to the picture, because
-the page around it may have the other scheme.
+python -m show.figure                            draw them all, those of show/diagrams.py too
+python -m show.figure demonstration out/demo-0   take that one's curves from these runs first
 """
 
 from __future__ import annotations
@@ -12,8 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from show.diagrams import DIAGRAMS
+from show.svg import LEFT, LINE, RIGHT, WIDTH, Axis, Picture, Plot, legend, path, rect, text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,34 +46,15 @@ FIGURES = {  # by the name of the picture
 
 Curves = dict[str, list[float]]
 
-WIDTH, HEIGHT = 630, 320
-LEFT, RIGHT, TOP, BOTTOM = 62, 392, 92, 264  # of the plot
-
-STYLE = """
-svg { --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d8dee4; --help: #eef1f4;
-      --ours: #0757ba; --grpo: #a04100; --right: #1a7f37;
-      font: 16px system-ui, -apple-system, "Segoe UI", sans-serif }
-@media (prefers-color-scheme: dark) {
-  svg { --paper: #0d1117; --ink: #f0f6fc; --soft: #a5adb6; --rule: #30363d; --help: #1c222b;
-        --ours: #6cb6ff; --grpo: #f0a35e; --right: #57c26b }
-}
-text { fill: var(--soft) } .title { fill: var(--ink); font-size: 19px; font-weight: 600 }
-.rule { stroke: var(--rule) } .mark { stroke: var(--soft); stroke-dasharray: 2 4 }
-polyline { fill: none; stroke-width: 3; stroke-linejoin: round }
-.ours { stroke: var(--ours) } .grpo { stroke: var(--grpo); stroke-dasharray: 8 5 }
-.right { stroke: var(--right); stroke-dasharray: 2 4 }
-text.ours, text.grpo, text.right { stroke: none; font-size: 14px; font-weight: 600 }
-text.ours { fill: var(--ours) } text.grpo { fill: var(--grpo) } text.right { fill: var(--right) }
-"""
-
-
-# A curve's label; its style, method and metric.
+OURS = "ThinkTuning, after a"
+# A curve's name; its style, method and metric.
 CURVE = {
-    "grpo": ("GRPO, wrong or right", "grpo", "grpo", "reflection_rate"),
-    "right": ("after a right answer", "right", "thinktuning", "reflection_rate_first_right"),
-    "wrong": ("after a wrong answer", "ours", "thinktuning", "reflection_rate_first_wrong"),
+    "wrong": (f"{OURS} wrong answer", "blue", "thinktuning", "reflection_rate_first_wrong"),
+    "right": (f"{OURS} right answer", "green dots", "thinktuning", "reflection_rate_first_right"),
+    "grpo": ("GRPO, after any answer", "orange dashes", "grpo", "reflection_rate"),
 }
-LABEL = 18  # height of a label
+TOP = len(CURVE) * LINE + 34  # of the plot, below the legend
+BOTTOM = TOP + 172
 
 
 def picture(name: str) -> Path:
@@ -112,57 +94,46 @@ def description(curves: Curves) -> str:
     )
 
 
-def draw(name: str, curves: Curves) -> str:
-    """The picture as SVG. Raises ValueError where the curves do not show what its title says."""
-    figure, last = FIGURES[name], len(curves["grpo"]) - 1
+def draw(name: str, curves: Curves) -> Picture:
+    """Raises ValueError where the curves do not show what the picture's title says."""
+    figure, last, off = FIGURES[name], len(curves["grpo"]) - 1, teacher_leaves(curves)
     if not figure.shows({key: curves[key][-1] for key in CURVE}):
         raise ValueError(f"{figure.source} does not show what the title says: write another title")
-
-    def x(step: float) -> float:
-        return round(LEFT + step / last * (RIGHT - LEFT), 1)
-
-    def y(share: float) -> float:
-        return round(BOTTOM - share * (BOTTOM - TOP), 1)
-
-    def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
-        return f'<text x="{x}" y="{y}" class="{style}" text-anchor="{anchor}">{words}</text>'
-
-    off = teacher_leaves(curves)
+    plot = Plot(Axis(0, last, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP))
+    steps = {step: str(step) for step in range(0, last + 1, figure.every)}
+    shares = {share: f"{share:.0%}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    left, lines, legends = plot.x(off), [], []
+    for key, (words, style, *_) in CURVE.items():
+        lines.append(plot.line(enumerate(curves[key]), style))
+        legends.append((style, f"{words}: {curves[key][-1]:.0%}"))
+    anchor = "end" if left > WIDTH / 2 else "start"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="787" '
-        f'height="400"'
-        f' role="img" aria-labelledby="title told"><title id="title">{figure.title}</title>'
-        f'<desc id="told">{description(curves)}</desc><style>{STYLE}</style>',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>',
-        text(12, 28, figure.title, "title"),
-        text(12, 52, figure.caption),
-        f'<rect x="{LEFT}" y="{TOP}" width="{round(x(off) - LEFT, 1)}" height="{BOTTOM - TOP}"'
-        ' fill="var(--help)"/>',
+        *legend(legends),
+        rect(LEFT, TOP, round(left - LEFT, 1), BOTTOM - TOP, "help"),
+        *plot.axes(steps, shares, "training step"),
+        path("mark", f"M{left},{TOP - 8}V{BOTTOM}"),
+        text(left, TOP - 14, f"the teacher leaves at step {off}", "", anchor),
+        *lines,
     ]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<path class="rule" d="M{LEFT},{y(share)}H{RIGHT}"/>')
-        parts.append(text(LEFT - 8, y(share) + 5, f"{share:.0%}", anchor="end"))
-    for step in range(0, last + 1, figure.every):
-        parts.append(text(x(step), BOTTOM + 22, str(step), anchor="middle"))
-    parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 44, "training step", anchor="middle"))
-    parts.append(f'<path class="mark" d="M{x(off)},{TOP - 8}V{BOTTOM}"/>')
-    parts.append(text(x(off), TOP - 14, f"the teacher leaves at step {off}"))
-    free = HEIGHT  # below this height there are labels already
-    for key in sorted(CURVE, key=lambda key: curves[key][-1]):
-        name, style, *_ = CURVE[key]
-        points = " ".join(f"{x(step)},{y(share)}" for step, share in enumerate(curves[key]))
-        parts.append(f'<polyline class="{style}" points="{points}"/>')
-        end = curves[key][-1]
-        free = min(y(end) + 6, free - LABEL)
-        parts.append(text(RIGHT + 8, free, f"{name}: {end:.0%}", style))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    caption, told = figure.caption, description(curves)
+    return Picture(figure.title, caption, told, BOTTOM + 2 * LINE + 14, parts)
+
+
+def recorded(name: str) -> Picture:
+    return draw(name, curves(name))
+
+
+PICTURES: dict[str, Callable[[], Picture]] = {
+    **{name: partial(recorded, name) for name in FIGURES},
+    **DIAGRAMS,
+}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         source = ROOT / "results" / FIGURES[sys.argv[1]].source
         source.write_text(json.dumps(curves_of(Path(sys.argv[2])), indent=1) + "\n")
-    for name in FIGURES:
+    for name, make in PICTURES.items():
         picture(name).parent.mkdir(parents=True, exist_ok=True)
-        picture(name).write_text(draw(name, curves(name)))
+        picture(name).write_text(make().svg())
         print(f"drawn: {picture(name).relative_to(ROOT)}")

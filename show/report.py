@@ -26,6 +26,8 @@ INTRODUCTION = """In ThinkTuning a teacher at first adds its own second look to 
 these are guided. GRPO has no teacher. A response reflects, or looks back, if it boxes a second
 answer."""
 QUICK = " These runs were quick ones: too short to show anything."
+RELOAD = 5  # seconds until a browser reads the page of a run again that has not ended
+LIVE = f" The run has not ended: this page shows it so far, and reloads every {RELOAD} seconds."
 MOST_BYTES = 980_000  # of the page; transcripts fill what the charts leave
 MOST_POINTS = 300  # of the lines of a chart together, but no less than 10 of each
 
@@ -45,9 +47,15 @@ def prepare(args):
     return job
 
 
-def write_report(path) -> None:
-    """report.html in the directory of a run or a demonstration."""
-    write_page(Path(path) / "report.html", page(*read_runs([path])))
+def write_report(path, live=False) -> None:
+    """report.html in the directory of a run or a demonstration; `live`: it has not ended.
+
+    The page takes the old one's place at once, so nobody reads half of it.
+    """
+    out = Path(path) / "report.html"
+    temporary = out.with_suffix(".tmp")
+    write_page(temporary, page(*read_runs([path]), live))
+    temporary.replace(out)
 
 
 def write_page(out: Path, text: str) -> None:
@@ -56,14 +64,14 @@ def write_page(out: Path, text: str) -> None:
     out.write_text(text, encoding="utf-8")
 
 
-def page(runs: list[Recorded], summaries: list[dict]) -> str:
+def page(runs: list[Recorded], summaries: list[dict], live=False) -> str:
     groups = group_runs(runs)
     tested = tested_methods(summaries)
     taught = [group for group in groups if any(p.mean for p in group.series("teacher_asked"))]
     sections = {
         "The outcome": held_out_table(tested) + base_table(summaries),
         "Planted attempts": planted_table(summaries),
-        "What was run": runs_table(runs) + settings_table(groups),
+        "What was run": runs_table(runs, live) + settings_table(groups),
         "What the student learned": method_charts(groups, LEARNED),
         "Inside the update": method_charts(groups, UPDATE),
         "What the teacher did": "".join(teacher_charts(group) for group in taught),
@@ -78,13 +86,14 @@ def page(runs: list[Recorded], summaries: list[dict]) -> str:
             body += f"""<section aria-labelledby="{anchor}"><h2 id="{anchor}">{heading}</h2>
 {content}</section>\n"""
     title = esc(looking_back(tested) or headline(tested or groups))
-    introduction = INTRODUCTION + QUICK * any(bool(s.get("quick")) for s in summaries)
+    introduction = INTRODUCTION + QUICK * any(bool(s.get("quick")) for s in summaries) + LIVE * live
+    reload = f'<meta http-equiv="refresh" content="{RELOAD}">\n' if live else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,"><title>{title}</title>
+{reload}<link rel="icon" href="data:,"><title>{title}</title>
 <style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
 <header><h1>{title}</h1><p class="kicker">{introduction}</p>
@@ -280,11 +289,11 @@ def planted_table(summaries) -> str:
     return PLANTED_NOTE + table("Planted attempts, greedy", heads, rows) if rows else ""
 
 
-def runs_table(runs) -> str:
-    rows = []
+def runs_table(runs, live=False) -> str:
+    rows, early = [], "so far" if live else "stopped early"
     for run in runs:
         planned, done = number(run.config, "steps") or 0, len(run.metrics)
-        steps = f"{done} of {planned:g}: stopped early" if done < planned else done
+        steps = f"{done} of {planned:g}: {early}" if done < planned else done
         rows.append([run.path, method_of(run), run.config.get("seed", "–"), steps])
     return table("Every run on this page", ["directory", "method", "seed", "steps"], rows)
 
