@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from show import figure
+
 DOCS = Path(__file__).resolve().parent
 NOTEBOOK = DOCS / "tour.ipynb"
 NOT_COMPARED = {"passes"}  # a dozen optimizer steps, in which roundings grow
@@ -77,6 +79,18 @@ def test_the_notebook_is_small_and_holds_nothing_of_a_machine():
     assert not [o for c in cells() for o in c.get("outputs", []) if o.get("name") == "stderr"]
     numbers = [cell["execution_count"] for cell in cells() if cell["cell_type"] == "code"]
     assert numbers == list(range(1, len(numbers) + 1))  # run once, from top to bottom
+
+
+def test_every_link_leads_to_a_file():
+    text = "".join("".join(cell["source"]) for cell in cells() if cell["cell_type"] == "markdown")
+    targets = re.findall(r"\]\(([^)#]+)", text)
+    assert len(targets) >= 5
+    assert [target for target in targets if not (DOCS / target).exists()] == []
+
+
+def test_the_picture_is_told_in_the_words_of_the_figure():
+    text = " ".join("".join(cell["source"]) for cell in cells() if cell["id"] == "run")
+    assert figure.description(figure.curves("demonstration")) in " ".join(text.split())
 
 
 def test_outputs_are_compared_by_words_and_by_numbers():

@@ -94,7 +94,8 @@ def figure(line: str, folder: Path) -> str:
     if not told:
         raise ValueError(f"{file} has no <desc>, which says in words what it shows")
     data = base64.b64encode(svg.encode()).decode()
-    return f'<img alt="{told[1]}" src="data:image/svg+xml;base64,{data}">'
+    words = " ".join(told[1].replace('"', "&quot;").split())
+    return f'<img alt="{words}" src="data:image/svg+xml;base64,{data}">'
 
 
 def inline(text: str) -> str:
