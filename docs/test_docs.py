@@ -151,7 +151,7 @@ def test_what_the_edits_did_is_what_was_measured():
 
 
 def test_the_settings_in_the_table_of_symbols():
-    text = (ROOT / "docs" / "reading.md").read_text()
+    text = (ROOT / "docs" / "symbols.md").read_text()
     settings = re.findall(r"`(\w+)` = (-?[\d.]+)", text)
     assert len(settings) >= 10
     for name, value in settings:
@@ -376,7 +376,7 @@ def test_numbers_of_the_page_on_memory():
 
 
 def test_times_of_the_plan_for_a_class():
-    text = (ROOT / "exercises" / "README.md").read_text()
+    text = (ROOT / "docs" / "lecture.md").read_text()
     shipped = result("demo-seed0")["seconds"]["total"]
     fresh = result("demo-seed1")["seconds"]["total"]  # with its base model
     assert f"| {shipped:.0f} s |" in text
