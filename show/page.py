@@ -25,6 +25,7 @@ from data.vocabulary import read_vocabulary
 from data.weights import read_config
 from model import LM, ModelConfig
 from run.config import DEMO
+from run.loading import load_model
 from show.plan import parameters
 from show.report import METHODS, PLANTED, STYLE, write_page
 
@@ -51,11 +52,7 @@ def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) ->
     """
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written: name a file, in a directory that exists")
-    paths = {
-        "base": base,
-        "grpo": run / "grpo" / "model",
-        "thinktuning": run / "thinktuning" / "model",
-    }
+    paths = {"base": base} | {name: run / name / "model" for name in ("grpo", "thinktuning")}
     config = common_config(paths)
     problems = load_problems("wordproblems", "test")[:PROBLEMS]
     text = page(
@@ -66,7 +63,7 @@ def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) ->
             "problems": [{"question": p.question, "right": p.answer} for p in problems],
             "planted": planted,
             **stored_tokenizer(base),
-            **stored_weights({name: flat(LM.load(path)) for name, path in paths.items()}),
+            **stored_weights({name: flat(load(path)) for name, path in paths.items()}),
         },
     )
 
@@ -98,6 +95,10 @@ def common_config(paths: dict[str, Path]) -> ModelConfig:
 
 
 # What the page stores.
+
+
+def load(path: Path) -> LM:
+    return load_model(str(path), "cpu", torch.float32, "off")[0]
 
 
 def flat(model: LM) -> Tensor:
