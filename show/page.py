@@ -4,8 +4,9 @@
 
 The page asks no network for anything. It stores the weights of the base model as float32, and of
 the two trained models what training has changed: each weight's change as a 16-bit number of steps,
-of which 32,767 are the largest change of that model. Read back, a weight differs by half a step at
-most. show/page.js does the rest. Texts travel as JSON, and page.js shows them as text nodes.
+of which 32,767 are the largest change of that model. So a weight differs by half a step at most,
+and by float32's own rounding. show/page.js runs the models. Texts travel as JSON, and page.js shows
+them as text nodes.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ GREEDY = """
   return found;"""
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_greedy_answers_are_python_s(in_browser, models, count):
     problems = load_problems("wordproblems", "test")[:count]
     found = in_browser(GREEDY, problems)
@@ -265,10 +265,23 @@ def any_texts(count):
     return ["".join(rng.choices(parts, k=rng.randrange(9))) for _ in range(count)]
 
 
+SAID = (  # with and without an end, these are right or wrong answers to what 3 is right for
+    "So the answer is \\boxed{3}.",
+    "\\boxed{7}. Wait. \\boxed{3}.",
+    "\\boxed{3}. Wait. \\boxed{7}.",
+    "\\boxed{13}.",
+    "So the answer is 3.",
+    "\\boxed{3}. \\boxed{}",
+)
+
+
 def test_the_page_reads_writes_computes_and_draws_as_python_does(in_browser):
     texts = [*QUESTIONS, *any_texts(300)]
     rng = random.Random(1)
     lists = [rng.choices(range(402), k=rng.randrange(12)) for _ in range(300)]
+    lists.append([0xEF, 0xBB, 0xBF, 65])  # a byte order mark
+    said = [TOKENIZER.encode(text) for text in SAID]
+    said += [[*ids, TOKENIZER.special["<|end|>"]] for ids in said]
     uniform = [rng.random() for _ in range(200)]
     torch.manual_seed(0)
     sizes = dict(n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=20, qk_norm=True, max_seq_len=90)
@@ -288,11 +301,15 @@ def test_the_page_reads_writes_computes_and_draws_as_python_does(in_browser):
         return sample(logits, 0.7);
       });
       const ids = asked.texts.map(encode);
-      return { ids, drawn, logits: [...logits], texts: asked.lists.map(decode) };"""
-    what = dict(texts=texts, lists=lists, tokens=tokens, uniform=uniform)
+      const verdicts = asked.said.map((ids) => verdict(ids, "3"));
+      return { ids, drawn, verdicts, logits: [...logits], texts: asked.lists.map(decode) };"""
+    what = dict(texts=texts, lists=lists, tokens=tokens, uniform=uniform, said=said)
     found = in_browser(script, what, other)
     assert found["ids"] == [TOKENIZER.encode(text) for text in texts]
     assert found["texts"] == [TOKENIZER.decode(ids) for ids in lists]
+    for ids, verdict in zip(said, found["verdicts"]):
+        right = ids[-1] in TOKENIZER.stop and is_correct(spoken(TOKENIZER, ids), "3")
+        assert verdict.endswith("right ✓" if right else "wrong ✗"), (ids, verdict)
     assert found["logits"] == pytest.approx(logits.tolist(), abs=2e-5)
     shares = (logits / 0.7).softmax(-1).cumsum(-1)
     expected = torch.searchsorted(shares, torch.tensor(uniform).double()).tolist()
@@ -307,6 +324,7 @@ def test_what_one_sees(in_browser, models):
       pose({ question: asked.question, right: "3", attempt: asked.attempt });
       await run();
       const spans = [...columns[0].tokens.children];
+      const text = columns[0].tokens.textContent;
       const classes = spans.map((span) => span.className);
       spans[0].focus();
       spans[0].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
@@ -324,13 +342,15 @@ def test_what_one_sees(in_browser, models):
       await run();
       const status = $("status").value;
       const requests = performance.getEntriesByType("resource").length;
-      return { wide, classes, place, seen, edited, tags, before, status, requests };"""
+      return { wide, text, classes, place, seen, edited, tags, before, status, requests };"""
     question = QUESTIONS[3]
     found = in_browser(script, dict(question=question, attempt=attempt))
     assert 300 < found["wide"] <= 390 and found["requests"] == 0
     given = len(TOKENIZER.encode(attempt))
     assert found["classes"][:given] == ["given"] * given
     assert set(found["classes"][given:]) == {"reflection"}
+    assert found["text"].startswith(attempt.replace("\n\n", "↵↵\n\n"))
+    assert found["text"].endswith("‹end›")
     prompt = student_prompt(TOKENIZER, question)
     with torch.no_grad():
         p = models["base"](torch.tensor([[*prompt, TOKENIZER.encode(attempt)[0]]]))[0, -1]
