@@ -179,9 +179,12 @@ function verdict(ids, right) {
 
 class Column {
   constructor(name) {
-    this.model = models[name];
+    [this.model, this.text] = [models[name], ""];
     for (const part of ["tokens", "verdict", "likeliest"]) this[part] = $(`${name}-${part}`);
-    $(`${name}-edit`).onclick = () => pose({ attempt: ATTEMPT.exec(this.text)?.[0] ?? this.text });
+    $(`${name}-edit`).onclick = () => {
+      pose({ attempt: ATTEMPT.exec(this.text)?.[0] ?? this.text });
+      $("attempt").focus();
+    };
     const show = ({ target }) => target.step && this.show(target.step);
     for (const kind of ["pointerover", "focusin"]) this.tokens.addEventListener(kind, show);
     this.tokens.onkeydown = ({ key, target: { previousSibling, nextSibling } }) =>
@@ -204,20 +207,18 @@ class Column {
     const reflects = ATTEMPT.exec(this.text)?.[0].length < this.text.length;
     const className = this.ids.length <= this.given ? "given" : reflects ? "reflection" : "";
     const textContent = shown(step.id).replace(/↵+/, "$&\n\n");
-    const tabIndex = this.ids.length > 1 ? -1 : 0; // the arrow keys lead to the others
-    const role = "option";
-    this.tokens.append(element("span", { className, textContent, tabIndex, role, step }));
+    const place = { role: "option", tabIndex: this.ids.length > 1 ? -1 : 0 }; // then arrow keys
+    this.tokens.append(element("span", { className, textContent, step, ...place }));
     return true;
   }
 
   // The five likeliest tokens in a token's place, and that token itself.
   show({ id, probabilities: p }) {
-    const five = [...p.keys()].sort((a, b) => p[b] - p[a]).slice(0, 5);
-    const line = (i) => [
-      element("code", { textContent: shown(i), className: i === id ? "taken" : "" }),
-      element("span", { textContent: percent(p[i]), style: `--share: ${100 * p[i]}%` }),
-    ];
-    this.likeliest.replaceChildren(...[...new Set([...five, id])].flatMap(line));
+    const ranked = [...p.keys()].sort((a, b) => p[b] - p[a]);
+    const token = (i) => element(i === id ? "mark" : "code", { textContent: shown(i) });
+    const bar = (i) => element("span", { textContent: percent(p[i]), style: `--p: ${p[i]}` });
+    const lines = ranked.filter((i, rank) => rank < 5 || i === id);
+    this.likeliest.replaceChildren(...lines.flatMap((i) => [token(i), bar(i)]));
   }
 }
 
@@ -239,7 +240,6 @@ async function run() {
 // Fill in the fields: a problem with its answer, an attempt with a note on it.
 const pose = (values) =>
   Object.entries({ note: "", ...values }).forEach(([field, value]) => ($(field).value = value));
-
 const pick = (list) => list[Math.floor(Math.random() * list.length)];
 const columns = Object.keys(models).map((name) => new Column(name));
 $("draw").onclick = () => pose({ ...pick(data.problems), attempt: "" });

@@ -91,7 +91,9 @@ def common_config(paths: dict[str, Path]) -> ModelConfig:
         plain = config.qk_norm and not (config.qkv_bias or config.tie_embeddings)
         fours = all(n % 4 == 0 for n in (config.dim, config.head_dim, config.ffn_dim))
         if config != configs[0] or config.rope_scaling or not (plain and fours):
-            raise ValueError(f"{path} is not laid out as the demonstration's models are; give one")
+            raise ValueError(
+                f"{path} is not laid out as the demonstration's models, and no other fits"
+            )
     return configs[0]
 
 

@@ -329,7 +329,8 @@ def test_what_one_sees(in_browser, models):
       spans[0].focus();
       spans[0].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
       const place = spans.indexOf(document.activeElement);
-      const seen = [...columns[0].likeliest.querySelectorAll("code")].map((code) => code.textContent);
+      const seen = [...columns[0].likeliest.querySelectorAll("code, mark")].map((code) => code.textContent);
+      const marked = columns[0].likeliest.querySelectorAll("mark").length;
       $("base-edit").click();
       const edited = $("attempt").value;
       const edges = Array.from(document.querySelectorAll("body *"), (e) => e.getBoundingClientRect());
@@ -342,7 +343,7 @@ def test_what_one_sees(in_browser, models):
       await run();
       const status = $("status").value;
       const requests = performance.getEntriesByType("resource").length;
-      return { wide, text, classes, place, seen, edited, tags, before, status, requests };"""
+      return { wide, marked, text, classes, place, seen, edited, tags, before, status, requests };"""
     question = QUESTIONS[3]
     found = in_browser(script, dict(question=question, attempt=attempt))
     assert 300 < found["wide"] <= 390 and found["requests"] == 0
@@ -356,7 +357,7 @@ def test_what_one_sees(in_browser, models):
         p = models["base"](torch.tensor([[*prompt, TOKENIZER.encode(attempt)[0]]]))[0, -1]
     five = [TOKENIZER.decode([i]).replace("<|end|>", "‹end›") for i in p.topk(5).indices.tolist()]
     assert found["place"] == 1 and [x.replace("↵", "\n") for x in found["seen"][:5]] == five
-    assert found["edited"] == one.attempt
+    assert found["edited"] == one.attempt and found["marked"] == 1
     assert found["tags"] == 0 and found["before"].startswith(
         "<b>no</b><img src=x onerror=alert(1)>"
     )
