@@ -14,6 +14,7 @@ many rollouts learns nothing; the same code trains Llama, Qwen and SmolLM2 direc
     python thinktuning.py eval  --model DIR --data FILE
     python thinktuning.py ask   --model DIR "question"
     python thinktuning.py report RUN [RUN ...]          the HTML page again, or across runs
+    python thinktuning.py page RUN           the demonstration's models, to try in a browser
 """
 
 from __future__ import annotations
@@ -401,6 +402,7 @@ COMMANDS: dict[str, Any] = {
     "eval": prepare_eval,
     "ask": ask.prepare,
     "report": report.prepare,
+    "page": demonstration.prepare_page,
 }
 
 

@@ -98,6 +98,25 @@ def base_model(setup: Setup) -> LM:
     return base
 
 
+def recipe_of(seed: int, floor: float, quick: bool) -> dict:
+    """The recipe of a demonstration's base model."""
+    recipe = dict(RECIPE, seed=seed, floor=floor)
+    return {**recipe, "steps": 40} if quick else recipe
+
+
+def kept_base(run: Path, recipe: dict) -> Path:
+    """The directory of the base model that the demonstration in `run` began with."""
+    for cache in (run, run.absolute().parent):
+        if (path := base_path(cache, recipe)).is_dir():
+            return path
+    if shipped_key() == recipe_key(recipe):
+        return SHIPPED
+    raise ValueError(
+        f"{run}: its base model {path.name} is neither there nor beside it; run the demonstration "
+        "again, and keep that directory"
+    )
+
+
 def base_path(cache: Path, recipe: dict) -> Path:
     """Where a base model is kept. Another version of torch may round differently."""
     return cache / f"base-{recipe_key(recipe)}-torch{torch.__version__}"

@@ -1,4 +1,4 @@
-"""`python thinktuning.py` without a command: demonstration, ablation, or novelty test."""
+"""`python thinktuning.py` alone (demonstration, ablation, novelty test), and its command `page`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 import torch
 
+from data.files import read_json
 from data.tokenizer import Tokenizer
+from data.wordproblems import problem_of
 from demo import novelty
 from demo.ablations import ablate
-from demo.base import FLOOR, RECIPE, Setup
+from demo.base import FLOOR, Setup, kept_base, recipe_of
 from demo.comparison import demonstrate
+from demo.planted import KINDS, Planted, planted_attempts
 from run.config import DEMO, Config
 from run.record import writable
+from show import page
 from show.live import live_report
 
 
@@ -29,11 +33,10 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
     if args.preset == "mentor" and args.ablate:
         raise ValueError("--preset mentor does not go with --ablate: leave one of them out")
     config = replace(Config(**DEMO), seed=args.seed)
-    recipe = dict(RECIPE, seed=args.seed, floor=floor)
     if args.quick:
         config = replace(config, steps=2)
-        recipe["steps"] = 40
     config.check()
+    recipe = recipe_of(args.seed, floor, args.quick)
     name = f"{args.preset}-{args.seed}"
     if floor != FLOOR:
         name += f"-floor{floor:g}"
@@ -53,7 +56,36 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
         return lambda: ablate(setup, args.ablate, args.repeats or 3)
 
     def job():
-        with live_report(out) as page:
-            demonstrate(setup, page)
+        with live_report(out) as write:
+            demonstrate(setup, write)
 
     return job
+
+
+def prepare_page(args: argparse.Namespace) -> Callable[[], None]:
+    """`page`: read a demonstration's directory; returns the function that writes the page."""
+    run = Path(args.run)
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    if not {"planted", "seed", "floor", "quick"} <= summary.keys():
+        raise ValueError(
+            f"{run} holds no finished demonstration: give the directory that "
+            "python thinktuning.py has written, such as out/demo-0"
+        )
+    base = kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
+    planted = {kind: [of_page(one) for one in planted_attempts(kind, PLANTED)] for kind in KINDS}
+    return page.prepare(run, Path(args.out or run / "page.html"), base, planted)
+
+
+PLANTED = 40  # attempts of each kind on the page
+
+
+def of_page(one: Planted) -> dict[str, str]:
+    """A planted attempt as the page stores it."""
+    problem = problem_of(one.asked)
+    note = f"The misconception is in {one.line}’s line." if one.line else "No line is wrong."
+    return {
+        "question": problem.question,
+        "right": problem.answer,
+        "attempt": one.attempt,
+        "note": note,
+    }

@@ -20,8 +20,9 @@ DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
   python thinktuning.py eval  --model DIR --data FILE    accuracy, mean@k, pass@k, maj@k, reflection
   python thinktuning.py ask   --model DIR "question"     watch it think
   python thinktuning.py report RUN [RUN ...]             the HTML page again, or across runs
+  python thinktuning.py page RUN                         the demonstration's models in a browser
 
-Each of the four has flags of its own: python thinktuning.py train --help
+Each of the five has flags of its own: python thinktuning.py train --help
 """
 
 
@@ -144,6 +145,11 @@ def add_report_flags(add):
     add("--out", help="file to write (report.html in RUN; of several runs, in this directory)")
 
 
+def add_page_flags(add):
+    add("run", metavar="RUN", help="directory of a finished demonstration, such as out/demo-0")
+    add("--out", help="file to write (page.html in RUN)")
+
+
 COMMANDS = {  # name: (what it does, the function that adds its flags)
     "train": (
         "Train a model directory on problems. --model and --data are needed, except with --resume.",
@@ -152,6 +158,7 @@ COMMANDS = {  # name: (what it does, the function that adds its flags)
     "eval": ("Accuracy, mean@k, pass@k, maj@k, reflection, with standard errors.", add_eval_flags),
     "ask": ("Watch a model think.", add_ask_flags),
     "report": ("One HTML page of a run, or across runs.", add_report_flags),
+    "page": ("One HTML file that runs a demonstration's models in a browser.", add_page_flags),
 }
 
 
