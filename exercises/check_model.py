@@ -1,237 +1,304 @@
-"""Checks of the exercises about the model: 2, the KV cache, and 3, top-p sampling."""
+"""Checks of the exercises about the model: 2 and 8 the KV cache, 10 the output head in slices."""
+
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from comparing import clone, compare
+from calling import observe
+from comparing import Task, clone, compare, same, unequal
 
-from model import LM, ModelConfig
-from sampler import sample as program_sample
+from model import LM, KVCache, ModelConfig
+from run.head import HeadLogprobs
 
 # 2. The KV cache.
 
 
-def full_attention(q, k, v, keys, values):
-    """What the model computes without a cache: causal attention over the whole sequence. Of its output, the last position."""
-    keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-    queries = torch.cat((q.new_zeros(*q.shape[:2], keys.shape[2] - 1, q.shape[3]), q), 2)
-    y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-    return y[:, :, -1:], keys, values
+def cached(q, k, v, keys, values, lengths):
+    """The program's cache, holding keys and values (B, K, S, E), and a pass that extends it."""
+    B, K, S, E = keys.shape
+    config = SimpleNamespace(n_layers=1, n_kv_heads=K, head_dim=E)
+    model = SimpleNamespace(config=config, embed=SimpleNamespace(weight=q))
+    room = max(S, int(lengths.max()) + 1)
+    cache = KVCache(model, B, room)
+    cache.k[0, :, :, :S], cache.v[0, :, :, :S] = keys, values
+    cache.set_lengths(lengths.tolist())
+    return cache, cache.extend(B, 1)
 
 
-def by_hand(q, keys, values, power=-0.5, in_turn=False):
-    """Attention of one query a row, scores times E^power; query heads take key heads in turn, or neighbours share one."""
+def program_attend(q, k, v, keys, values):
+    lengths = torch.full((len(q),), keys.shape[2])
+    cache, span = cached(q, k, v, keys, values, lengths)
+    return cache.attend(span, 0, q, k, v), cache.k[0], cache.v[0]
+
+
+def attention(q, keys, values, visible=None, power=-0.5, in_turn=False):
+    """Attention of one query a row, (B, H, 1, E), to the positions that are `visible` (B, S)."""
     times = q.shape[1] // keys.shape[1]
-    keys, values = (
-        x.repeat(1, times, 1, 1) if in_turn else x.repeat_interleave(times, 1)
-        for x in (keys, values)
-    )
-    return (q @ keys.mT * q.shape[3] ** power).softmax(-1) @ values
+    if in_turn:
+        keys, values = keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1)
+    else:
+        keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
+    scores = q @ keys.mT * q.shape[3] ** power
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    return scores.softmax(-1) @ values
 
 
-def check_attend(solution):
-    generator = torch.Generator().manual_seed(2)
+def attend_by_hand(q, k, v, keys, values, sees="all", kept="grown", **options):
+    grown = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+    seen = {"all": grown, "old": (keys, values), "first": [x[:, :, :1] for x in grown]}
+    first = torch.cat((k, keys), 2), torch.cat((v, values), 2)
+    cache = {"grown": grown, "old": (keys, values), "before": first}
+    return attention(q, *seen[sees], **options), *cache[kept]
 
-    def tensors(S, B=2, H=6, K=2, E=8):
-        return [
-            torch.randn(B, heads, T, E, generator=generator)
-            for heads, T in ((H, 1), (K, 1), (K, 1), (K, S), (K, S))
-        ]
 
-    def grow(cache, new):
-        return torch.cat((cache, new), 2)
+def heads(generator, B, H, K, S, E):
+    sizes = ((H, 1), (K, 1), (K, 1), (K, S), (K, S))
+    return [torch.randn(B, n, T, E, generator=generator) for n, T in sizes]
 
-    def grown(attention):
-        return lambda q, k, v, keys, values: (
-            attention(q, k, v, keys, values),
-            grow(keys, k),
-            grow(values, v),
-        )
 
-    def all_of(q, k, v, keys, values, **options):
-        return by_hand(q, grow(keys, k), grow(values, v), **options)
-
-    def first_of(q, k, v, keys, values):
-        return by_hand(q, grow(keys, k)[:, :, :1], grow(values, v)[:, :, :1])
-
-    message = compare(
-        solution,
-        full_attention,
-        [tensors(5), tensors(1), tensors(0)],
-        {
-            "attends to the cache as it was; the new token sees itself too, so put k and v in first": grown(
-                lambda q, k, v, keys, values: by_hand(q, keys, values)
-            ),
-            "returns the cache as it was; the new k and v belong in it, or the next token will not see this one": lambda q, k, v, keys, values: (
-                all_of(q, k, v, keys, values),
-                keys,
-                values,
-            ),
-            "puts the new k and v before the others; they go behind them": lambda q, k, v, keys, values: (
-                all_of(q, k, v, keys, values),
-                grow(k, keys),
-                grow(v, values),
-            ),
-            "leaves out the scale: the scores are divided by √E": grown(
-                lambda *a: all_of(*a, power=0)
-            ),
-            "divides the scores by E; it is √E": grown(lambda *a: all_of(*a, power=-1)),
-            "gives the query heads their key heads in turn (0, 1, 0, 1, …); neighbours share one (0, 0, 0, 1, 1, 1), as "
-            "repeat_interleave gives them": grown(lambda *a: all_of(*a, in_turn=True)),
-            "sees the first position only. With one query is_causal=True hides all but the first key; the one query is the newest "
-            "token and may see everything": grown(first_of),
+ATTEND = Task(
+    "attend",
+    program_attend,
+    attend_by_hand,
+    {
+        "attends to the cache as it was; the new token sees itself too, so put k and v in first": {
+            "sees": "old"
         },
-        ["y", "keys", "values"],
-    )
-    return message or check_inside_the_model(solution)
+        "returns the cache as it was; the new k and v belong in it, or the next token will not "
+        "see this one": {"kept": "old"},
+        "puts the new k and v before the others; they go behind them": {"kept": "before"},
+        "leaves out the scale: the scores are divided by √E": {"power": 0},
+        "divides the scores by E; it is √E": {"power": -1},
+        "gives the query heads their key heads in turn (0, 1, 0, 1, …); neighbours share one "
+        "(0, 0, 0, 1, 1, 1), as repeat_interleave gives them": {"in_turn": True},
+        "sees the first position only. With one query is_causal=True hides all but the first key; "
+        "the one query is the newest token and may see everything": {"sees": "first"},
+    },
+    lambda generator: [heads(generator, 2, 6, 2, S, 8) for S in (5, 1, 0)],
+    "q k v keys values",
+    "y, keys, values",
+)
 
 
-def check_inside_the_model(solution):
-    """Every layer of the program's model, position by position through the solution, against the model itself."""
-    torch.manual_seed(2)
-    lm = LM(ModelConfig(50, 64, 2, 4, 2, 16, 64)).eval()
-    tokens = torch.randint(50, (2, 9))
-    whole_sequences, original = [], F.scaled_dot_product_attention
+class StepByStep:
+    """In the place of a cache: the model's attention, position by position through a solution."""
 
-    def step_by_step(q, k, v, *_, **__):
-        whole_sequences.append(q.shape)
+    def __init__(self, solution):
+        self.solution = solution
+
+    def extend(self, B, T):
+        self.positions = torch.arange(T)[None]
+        return self
+
+    def attend(self, span, layer, q, k, v):
         keys, values, rows = k[:, :, :0], v[:, :, :0], []
         for t in range(q.shape[2]):
-            F.scaled_dot_product_attention = original  # a solution may use it
-            y, keys, values = solution(
-                q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], keys, values
+            here = slice(t, t + 1)
+            y, keys, values = self.solution(
+                q[:, :, here], k[:, :, here], v[:, :, here], keys, values
             )
             rows.append(y)
-        F.scaled_dot_product_attention = step_by_step
         return torch.cat(rows, 2)
 
+
+def check_attend(solution, seed):
+    if message := compare(solution, ATTEND, seed):
+        return message
+    torch.manual_seed(seed)
+    lm = LM(ModelConfig(50, 64, 2, 4, 2, 16, 64)).eval()
+    tokens = torch.randint(50, (2, 9))
     with torch.no_grad():
-        expected = lm(tokens)
-        try:
-            F.scaled_dot_product_attention = step_by_step
-            found = lm(tokens)
-        finally:
-            F.scaled_dot_product_attention = original
-    if len(whole_sequences) != lm.config.n_layers:
-        raise RuntimeError("this check no longer reaches the model's attention")
-    if not torch.allclose(found, expected, atol=1e-4):
-        return (
-            "is right for 6 query heads, 2 key heads and E = 8, but not in the model, which has 4, 2 and 16: "
-            "take sizes from the tensors"
-        )
+        if unequal(lm(tokens, StepByStep(solution)), lm(tokens), 1e-4).any():
+            return (
+                "is right for 6 query heads, 2 key heads and E = 8, but not in the model, which "
+                "has 4, 2 and 16: take sizes from the tensors"
+            )
     return None
 
 
-# 3. Top-p sampling.
-
-GRID = 1000  # equally spaced random numbers: the share of them that draws a token is its probability, to 1 in 1000
+# 8. A decoding step with ragged rows.
 
 
-def shares(draw):
-    """Of a sampler, the distribution (B, V) it draws from and the log-probability (B, V) that it gives each token drawn."""
-
-    def observe(logits, temperature, top_p):
-        B, V = logits.shape
-        rows = torch.arange(B).repeat_interleave(GRID)
-        uniform = ((torch.arange(GRID) + 1.0) / GRID).repeat(B)
-        tokens, logprobs = draw(logits[rows], uniform, temperature, top_p)
-        where = (rows, tokens)
-        share = torch.zeros(B, V).index_put(where, torch.ones(len(rows)), accumulate=True) / GRID
-        told = torch.zeros(B, V).index_put(where, logprobs.float(), accumulate=True) / GRID
-        return share, (told / share).nan_to_num()
-
-    return observe
+def program_step(q, k, v, keys, values, lengths, turn):
+    cache, span = cached(q, k, v, keys, values, lengths)
+    y = cache.attend(span, 0, turn(q, span.positions), turn(k, span.positions), v)
+    keys[:], values[:] = cache.k[0], cache.v[0]
+    return y
 
 
-def check_sample(solution):
-    generator = torch.Generator().manual_seed(3)
-    logits, uniform = torch.randn(3, 7, generator=generator), torch.rand(3, generator=generator)
-    result = solution(logits.clone(), uniform.clone(), 0.7, 0.8)
-    if not (
-        isinstance(result, tuple)
-        and len(result) == 2
-        and all(torch.is_tensor(x) and x.shape == (3,) for x in result)
-    ):
-        return "should return two tensors, token ids (B,) and their log-probabilities (B,)"
-    if result[0].dtype != torch.int64:
-        return f"returns tokens as {result[0].dtype}; ids are int64"
-    many = [logits.repeat(200, 1), torch.rand(600, generator=generator), 1.0, 0.9]
-    (tokens, _), (again, _) = solution(*clone(many)), solution(*clone(many))
-    if not torch.equal(tokens, again):
-        return "draws other tokens when it gets the same numbers again; take the randomness from `uniform`, none of your own"
-    if not 0 <= tokens.min() <= tokens.max() < 7:
-        return (
-            f"draws token {tokens.max()} of a vocabulary of 7: what is left after the cut must sum to 1 again "
-            "(or scale u by its sum)"
-        )
+def step_by_hand(
+    q,
+    k,
+    v,
+    keys,
+    values,
+    lengths,
+    turn,
+    at="own",
+    shift=0,
+    sees="own",
+    turned="qk",
+    kept=True,
+    **options,
+):
+    """`at`: where a row's new token goes; `shift`: its position's error; `sees`: what it sees."""
+    at = torch.full_like(lengths, int(lengths.max())) if at == "longest" else lengths
+    positions = (at + shift)[:, None]
+    q = turn(q, positions) if "q" in turned else q
+    k = turn(k, positions) if "k" in turned else k
+    rows, places = torch.arange(len(q)), torch.arange(keys.shape[2])
+    now = (keys, values) if kept else (keys.clone(), values.clone())
+    now[0][rows, :, at], now[1][rows, :, at] = k[:, :, 0], v[:, :, 0]
+    visible = {
+        "own": places <= at[:, None],
+        "before": places < at[:, None],
+        "longest": places <= at.max().expand(len(q), 1),
+        "all": (places >= 0).expand(len(q), -1),
+    }
+    return attention(q, *now, visible[sees], **options)
 
-    def cut(probs, p, crossing=True):
-        ranked, order = probs.sort(-1, descending=True)
-        beyond = ranked.cumsum(-1) - ranked >= p if crossing else ranked.cumsum(-1) > p
-        return probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
 
-    def nucleus(z, t, p):
-        return cut((z / t).softmax(-1), p)
+def ragged(generator):
+    def case(B, S, *sizes):
+        lengths = 1 + torch.rand(S - 2, generator=generator).argsort()[:B]  # all different
+        return [*heads(generator, B, *sizes[:2], S, sizes[2]), lengths]
 
-    def variant(
-        kept=nucleus, logprobs=lambda z, t, p: (z / t).log_softmax(-1), ranks=False, rescaled=True
-    ):
-        def draw(z, u, t, p):
-            probs = kept(z, t, p)
-            cdf = (probs.sort(-1, descending=True)[0] if ranks else probs).cumsum(-1)
-            tokens = (
-                torch.searchsorted(cdf, u[:, None] * (cdf[:, -1:] if rescaled else 1))
-                .squeeze(-1)
-                .clamp(max=z.shape[1] - 1)
-            )
-            return tokens, logprobs(z, t, p).gather(-1, tokens[:, None]).squeeze(-1)
+    return [case(3, 9, 6, 2, 8), case(2, 7, 4, 4, 16)]
 
-        return shares(draw)
 
-    cases = [
-        (logits, 1.0, 1.0),
-        (logits, 1.0, 0.8),
-        (logits, 0.6, 0.9),
-        (logits, 0.5, 1.0),
-        (logits, 1.5, 0.7),
-    ]
-    return compare(
-        shares(solution),
-        shares(program_sample),
-        cases,
-        {
-            "drops the token that crosses top_p; it is the last one that stays": variant(
-                lambda z, t, p: cut((z / t).softmax(-1), p, crossing=False)
-            ),
-            "does not cut anything off: top_p makes no difference": variant(
-                lambda z, t, p: (z / t).softmax(-1)
-            ),
-            "multiplies by the temperature; divide by it": variant(
-                lambda z, t, p: nucleus(z, 1 / t, p), lambda z, t, p: (z * t).log_softmax(-1)
-            ),
-            "takes no notice of the temperature": variant(
-                lambda z, t, p: nucleus(z, 1, p), lambda z, t, p: z.log_softmax(-1)
-            ),
-            "cuts before it applies the temperature; top-p is of the probabilities at that temperature": variant(
-                lambda z, t, p: nucleus(z, 1, p) ** (1 / t)
-            ),
-            "returns places in the sorted order; look up which id of the vocabulary stands there": variant(
-                ranks=True
-            ),
-            "draws wrongly after the cut: what is left must sum to 1 again (or scale u by its sum)": variant(
-                rescaled=False
-            ),
-            "gives log-probabilities of what is left after the cut; π_old is the policy at that temperature, nothing cut off": variant(
-                logprobs=lambda z, t, p: (
-                    nucleus(z, t, p) / nucleus(z, t, p).sum(-1, keepdim=True)
-                ).log()
-            ),
-            "gives log-probabilities at temperature 1; π_old is the policy that was sampled, at that temperature": variant(
-                logprobs=lambda z, t, p: z.log_softmax(-1)
-            ),
-            "gives probabilities where log-probabilities are asked for": variant(
-                logprobs=lambda z, t, p: z.softmax(-1)
-            ),
+STEP = Task(
+    "decode_step",
+    program_step,
+    step_by_hand,
+    {
+        "puts every row's token at the longest row's place; row b's goes to place lengths[b]": {
+            "at": "longest"
         },
-        ["the shares of the tokens drawn", "the log-probabilities"],
-        close=2.5 / GRID,
-    )
+        "attends to what lies behind a row's end; hide the places above lengths[b]": {
+            "sees": "all"
+        },
+        "hides only what lies behind the longest row; each row has an end of its own": {
+            "sees": "longest"
+        },
+        "hides the new token from itself; it sees the places up to lengths[b], that one too": {
+            "sees": "before"
+        },
+        "turns q and k by a position too many; positions count from 0, so it is lengths[b]": {
+            "shift": 1
+        },
+        "turns q and k by the position of the token before; the new one's is lengths[b]": {
+            "shift": -1
+        },
+        "turns neither q nor k": {"turned": ""},
+        "turns q alone; the key needs its position, too": {"turned": "q"},
+        "turns k alone; the query needs its position, too": {"turned": "k"},
+        "leaves the cache as it was; write the new k and v into it": {"kept": False},
+        "leaves out the scale: the scores are divided by √E": {"power": 0},
+        "gives the query heads their key heads in turn; neighbours share one": {"in_turn": True},
+    },
+    ragged,
+    "q k v keys values lengths",
+    "y, keys, values",
+)
+
+
+# 10. Log-probabilities without the full logits.
+
+
+def program_logprobs(states, weight, targets, size):
+    return HeadLogprobs.apply(states, weight, targets, size, None, 1.0)[0]
+
+
+def by_slices(
+    states,
+    weight,
+    targets,
+    size,
+    join="right",
+    place="inside",
+    tail=True,
+    whole=False,
+    result="log",
+):
+    """`join`: how log Σ e^z of the slices is made one; `place`: which z is the target's."""
+    N, V = len(states), len(weight)
+    log_z, chosen, total = torch.full((N,), -torch.inf), torch.zeros(N), torch.zeros(N)
+    if whole:
+        states @ weight.T
+    for start in range(0, V if tail else V // size * size, size):
+        logits = states @ weight[start : start + size].T
+        at, R = targets - start, logits.shape[1]
+        inside = (at >= 0) & (at < R)
+        z = logits.gather(1, at.clamp(0, R - 1)[:, None]).squeeze(1)
+        chosen = torch.where(inside, z, chosen) if place == "inside" else chosen + z
+        part, total = logits.logsumexp(1), total + logits.exp().sum(1)
+        if join == "own":
+            log_z = torch.where(inside, part, log_z)
+        elif join == "sum":
+            log_z = part if start == 0 else log_z + part
+        else:
+            log_z = part if join == "last" else torch.logaddexp(log_z, part)
+    log_p = chosen - (total.log() if join == "exp" else log_z)
+    return {"log": log_p, "p": log_p.exp(), "−log": -log_p}[result]
+
+
+def large_vocabulary(generator):
+    def case(V, size, scale):
+        shapes = (40, 6), (V, 6)
+        states, weight = (torch.randn(shape, generator=generator) for shape in shapes)
+        return states * scale, weight, torch.randint(V, (40,), generator=generator), size
+
+    return [case(90, 16, 1.0), case(77, 16, 30.0), case(96, 32, 1.0)]
+
+
+HEAD = Task(
+    "target_logprobs",
+    program_logprobs,
+    by_slices,
+    {
+        "makes all (N, V) logits at once; go through the head `size` rows at a time": {
+            "whole": True
+        },
+        "adds the slices' log Σ e^z; log(a + b) is no sum of logs: join them by logaddexp": {
+            "join": "sum"
+        },
+        "normalises over the target's own slice; the sum goes over the whole vocabulary": {
+            "join": "own"
+        },
+        "normalises over the last slice alone; carry log Σ e^z on from slice to slice": {
+            "join": "last"
+        },
+        "overflows where logits are large: e^z is inf above z = 88. Keep log Σ e^z instead "
+        "(logsumexp, logaddexp)": {"join": "exp"},
+        "adds a z from every slice; the target lies in one of them": {"place": "every"},
+        "leaves out the last slice, which is shorter where V is no multiple of size": {
+            "tail": False
+        },
+        "gives probabilities where log-probabilities are asked for": {"result": "p"},
+        "gives −log p, the cross-entropy; it should be log p": {"result": "−log"},
+    },
+    large_vocabulary,
+    "states weight targets size",
+    "log p, whether all (N, V) logits were made",
+    close=1e-4,
+    look=lambda solution: lambda *case: as_two(solution(*case)),
+)
+
+
+def as_two(result):
+    """Without the gradient, which is optional."""
+    return result[:2]
+
+
+def check_target_logprobs(solution, seed):
+    if message := compare(solution, HEAD, seed):
+        return message
+    case = HEAD.cases(torch.Generator().manual_seed(seed))[0]
+    _, _, slope = solution(*clone(case))
+    _, _, right = observe(HEAD.name, program_logprobs)(*clone(case))
+    if slope is not None and not same((slope,), (right,), HEAD.close):
+        return (
+            "is right, but has a wrong gradient by the states. A gradient is optional: leave it "
+            "out (torch.no_grad) or let it run through every slice"
+        )
+    return None
