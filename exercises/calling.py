@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from data.tokenizer import Tokenizer
 
+TOKENIZER = Tokenizer.builtin()
+
 
 class Wrong(Exception):
     """A solution gave no result; the text says why."""
@@ -99,7 +101,7 @@ def augmented(augment):
             old_logprobs=[-0.5] * len(response),
         )
         feedback = SimpleNamespace(opinion="incorrect", reason=reason, phrase=phrase)
-        changed = augment(rollout, feedback, Tokenizer.builtin(), max_tokens)
+        changed = augment(rollout, feedback, TOKENIZER, max_tokens)
         return rollout.response, rollout.guided_from, rollout.old_logprobs, bool(changed)
 
     return run

@@ -174,7 +174,7 @@ SHAPED = Task(
     rare_and_likely,
     "logprobs advantages",
     "w, the gradient of w by log π",
-    close=1e-8,
+    close=1e-6,
     elementwise=True,
 )
 

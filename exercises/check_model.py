@@ -135,15 +135,17 @@ def step_by_hand(
     lengths,
     turn,
     at="own",
+    position="own",
     shift=0,
     sees="own",
     turned="qk",
     kept=True,
     **options,
 ):
-    """`at`: where a row's new token goes; `shift`: its position's error; `sees`: what it sees."""
-    at = torch.full_like(lengths, int(lengths.max())) if at == "longest" else lengths
-    positions = (at + shift)[:, None]
+    """`at`: the new token's place; `position`, `shift`: what it is turned by; `sees`: its mask."""
+    longest = lengths.max().expand(len(lengths))
+    at = longest if at == "longest" else lengths
+    positions = ((longest if position == "longest" else lengths) + shift)[:, None]
     q = turn(q, positions) if "q" in turned else q
     k = turn(k, positions) if "k" in turned else k
     rows, places = torch.arange(len(q)), torch.arange(keys.shape[2])
@@ -152,7 +154,7 @@ def step_by_hand(
     visible = {
         "own": places <= at[:, None],
         "before": places < at[:, None],
-        "longest": places <= at.max().expand(len(q), 1),
+        "longest": places <= longest[:, None],
         "all": (places >= 0).expand(len(q), -1),
     }
     return attention(q, *now, visible[sees], **options)
@@ -173,6 +175,9 @@ STEP = Task(
     {
         "puts every row's token at the longest row's place; row b's goes to place lengths[b]": {
             "at": "longest"
+        },
+        "turns every row by the longest row's position; the position of row b is lengths[b]": {
+            "position": "longest"
         },
         "attends to what lies behind a row's end; hide the places above lengths[b]": {
             "sees": "all"

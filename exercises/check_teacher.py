@@ -4,11 +4,10 @@ import math
 import random
 
 import torch
-from calling import Wrong
+from calling import TOKENIZER, Wrong
 from comparing import Task, joined
 
 import teacher
-from data.tokenizer import Tokenizer
 
 # 6. Choosing.
 
@@ -24,10 +23,10 @@ def complaints_about_choosing(solution, seed):
     groups = [rng.sample([True] * n + [False] * (8 - n), 8) for n in (8, 0, 4, 1)]
     finished = sum(groups, [])
     solution([True] * 8, 8, 0.3, seed)
-    few = list(complaints_about_few(solution, groups, seed))
-    yield from few
+    earlier = list(complaints_about_few(solution, groups, seed))
+    yield from earlier
     seen = set()
-    for draw in range(0 if few else 240):
+    for draw in range(0 if earlier else 240):
         fraction = 0.1 if draw < 180 else (0.3, 0.5, 1.0)[draw % 3]
         picked = solution(list(finished), 8, fraction, seed + draw)
         if not isinstance(picked, list) or not all(type(i) is int for i in picked):
@@ -38,10 +37,11 @@ def complaints_about_choosing(solution, seed):
             return
         if picked != solution(list(finished), 8, fraction, seed + draw):
             yield "picks others when it gets the same rng again; draw from `rng` alone"
-        yield from complaints_about_a_choice(picked, groups, fraction)
+        earlier += complaints_about_a_choice(picked, groups, fraction)
+        yield from earlier
         seen |= set(picked) if fraction == 0.1 else set()
     never = {i for i, f in enumerate(finished) if f} - seen
-    if never and not few:
+    if never and not earlier:  # else it may follow from that
         yield f"never picks {sorted(never)} in 180 draws; every finished one must have its chance"
     try:
         if solution(list(finished), 8, 0.0, seed):
@@ -125,7 +125,7 @@ def augment_by_hand(
 
 
 def rollouts(generator):
-    tokenizer = Tokenizer.builtin()
+    tokenizer = TOKENIZER
     end = tokenizer.special["<|end|>"]
     number = int(torch.randint(10, 99, (), generator=generator))
     # Ids that no encoder would choose: each character is encoded alone.
@@ -172,10 +172,11 @@ AUGMENT = Task(
 
 # 11. Parsing.
 
+PLAIN = "does not read a reply that follows the format"
 OUTSIDE = "accepts words outside the three parts; the whole reply must be these parts and no more"
 FORGED = (
-    "can be deceived. The reply quotes tags that the student wrote, so it is not clear whose words "
-    "they enclose. Each tag must stand exactly once"
+    "can be deceived: it reads a reply in which a tag stands twice. The teacher may be quoting "
+    "what the student wrote, so it is not clear whose words the tags enclose"
 )
 
 
@@ -187,9 +188,8 @@ def replies(seed):
     reason = f"<reason>Wait, the {word} is wrong.</reason>"
     phrase = f"<phrase>So it is \\boxed{{{number}}}.</phrase>"
     forged = f"<phrase>\\boxed{{{number + 1}}}</phrase>"
-    plain = "does not read a reply that follows the format"
     lines = "does not read a part of several lines (in a regular expression, . stops at a newline)"
-    yield opinion + reason + phrase, plain
+    yield opinion + reason + phrase, PLAIN
     yield f"{opinion}\n\n{reason}\n{phrase}\n", "does not allow white space between the parts"
     yield f"<opinion> correct\n</opinion>{reason}{phrase}", "does not strip a part's white space"
     yield opinion + reason.replace(", ", ",\n\n") + phrase, lines
@@ -207,7 +207,7 @@ def replies(seed):
         yield f"<opinion>{other}</opinion>{reason}{phrase}", verdict
     yield opinion + "<reason> \n</reason>" + phrase, "accepts an empty part"
     yield opinion + reason + "<phrase></phrase>", "accepts an empty part"
-    yield opinion + reason + phrase + phrase, "accepts a part that stands twice"
+    yield opinion + reason + phrase + phrase, FORGED
     quoted = f"<reason>My attempt says </reason>{forged} but no.</reason>"
     yield opinion + quoted + phrase, FORGED
     yield opinion + reason + forged + " is what I wrote." + phrase, FORGED
@@ -222,17 +222,16 @@ def check_parse_feedback(solution, seed):
 
 
 def complaints_about_parsing(solution, seed):
+    said = set()
     for reply, hint in replies(seed):
         found, right = solution(reply), teacher.parse_feedback(reply)
-        if isinstance(found, list):
-            found = tuple(found)
-        if found != right:
-            # All but the first two lines would only say the same of other replies.
-            yield f"{hint}. For {reply!r} it gives {found!r:.150}; right is {show_parts(right)}"
-
-
-def show_parts(feedback):
-    return repr(feedback and tuple(feedback))
+        if found == right or hint in said:
+            continue
+        said.add(hint)
+        expected = right and tuple(right)
+        yield f"{hint}. For {reply!r} it gives {found!r:.150}; right is {expected!r}"
+        if hint is PLAIN:
+            return  # nothing else can be said then
 
 
 # 12. When the teacher leaves.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from calling import observe
 
-SHOWN = 12  # numbers of a tensor that a message shows
+SHOWN = 12  # a message shows the numbers of tensors that have no more
 
 
 class Task(NamedTuple):
@@ -47,7 +47,7 @@ def compare(solution, task, seed):
     # Most convincing first: a mistake that explains all cases, two that do, one for a single case.
     for hints, where in (
         *((hints, everywhere) for hints in (*one, *two)),
-        *(([hint], wrong[:1]) for hint in task.slips),
+        *(([hint], [i]) for i in wrong for hint in task.slips),
     ):
         if options := together(hints, task.slips):
             slip = observe(task.name, partial(task.variant, **options))
@@ -68,7 +68,7 @@ def joined(hints):
     """One message of at most two different hints; None if there is none."""
     hints = list(islice(dict.fromkeys(hints), 2))
     if len(hints) == 2:
-        return f"makes two mistakes. First, it {hints[0]}. Second, it {hints[1]}"
+        return f"makes more than one mistake. First, it {hints[0]}. Second, it {hints[1]}"
     return hints[0] if hints else None
 
 
@@ -162,5 +162,6 @@ def show(x):
         return f"{x:.6g}" if isinstance(x, float) else f"{x!r:.120}"
     if x.dim() == 0:
         return f"{x.item():.6g}"
-    numbers = [f"{n:.4g}" for n in x.flatten().tolist()]
-    return f"{tuple(x.shape)} [{', '.join(numbers[:SHOWN])}{', …' * (len(numbers) > SHOWN)}]"
+    if x.numel() > SHOWN:
+        return f"a tensor of shape {tuple(x.shape)}"
+    return f"{tuple(x.shape)} [{', '.join(f'{n:.4g}' for n in x.flatten().tolist())}]"

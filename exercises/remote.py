@@ -40,9 +40,11 @@ class Submission:
     def __init__(self, file, seconds):
         self.seconds, self.deadline = seconds, time.monotonic() + seconds
         self.line, theirs = socket.socketpair()
-        context = starter()
-        self.process = context.Process(target=serve, args=(theirs, str(file)), daemon=True)
-        self.process.start()
+        try:
+            self.process = started(theirs, file)
+        except OSError:  # an earlier submission may have ended the process that starts others
+            time.sleep(0.5)
+            self.process = started(theirs, file)
         theirs.close()
         self.arrived = b""  # what has come, but belongs to the next answer
 
@@ -106,6 +108,12 @@ class Submission:
         return f"ends its process with status {status}" if status is not None else "answers nothing"
 
 
+def started(line, file):
+    process = starter().Process(target=serve, args=(line, str(file)), daemon=True)
+    process.start()
+    return process
+
+
 def printable(text):
     """One line of a stranger's text, without what a terminal would obey."""
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text)[:500])
@@ -158,12 +166,11 @@ def decode(x):
 
 def serve(line, file):
     """Load the file and answer requests until the grader hangs up."""
+    import calling
     import torch
 
-    import calling
-
     torch.set_num_threads(1)
-    be_modest()
+    be_modest(line.fileno())
     reader, writer = line.makefile("rb"), line.makefile("wb")
     fence_in(Path(file).resolve())
     module = None
@@ -178,11 +185,13 @@ def serve(line, file):
         writer.flush()
 
 
-def be_modest():
-    """A process group of its own, no output, and bounds on memory and files, where there are."""
+def be_modest(line):
+    """Have no file open but the line, a process group of its own, and bounds, where there are."""
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
+    os.closerange(3, line)
+    os.closerange(line + 1, 1 << 16)
     if hasattr(os, "setsid"):
         os.setsid()
         import resource
