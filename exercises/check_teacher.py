@@ -63,11 +63,11 @@ def complaints_about_few(solution, groups, seed):
 
 
 def complaints_about_a_choice(picked, groups, fraction):
+    if picked and max(picked) < 8:  # but two questions more have finished rollouts
+        yield "returns places within the group of each question; add where the group starts"
+        return
     if len(set(picked)) < len(picked):
         yield "picks a rollout twice; without replacement: rng.sample, not rng.choices"
-        return
-    if picked and max(picked) < 8 and fraction < 1:  # the first group's alone
-        yield "returns each question's places within its group; add where the group starts"
         return
     for question, group in enumerate(groups):
         places = [i - 8 * question for i in picked if i // 8 == question]

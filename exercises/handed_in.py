@@ -269,14 +269,6 @@ def from_everybody(finished, group_size, fraction, rng):  # and helps at p = 0
     )
 
 
-def floor_alone(finished, group_size, fraction, rng):
-    picked = []
-    for start in range(0, len(finished), group_size):
-        able = [i for i in range(start, start + group_size) if finished[i]]
-        picked += rng.sample(able, int(len(able) * fraction))
-    return sorted(picked)
-
-
 def with_replacement(finished, group_size, fraction, rng):
     picked = []
     for start in range(0, len(finished) if fraction else 0, group_size):
@@ -340,20 +332,29 @@ def nothing_detached(logprobs, advantages):
     return weight_of(logprobs, advantages, hold=lambda pi: pi, guard=lambda pi: pi)
 
 
-def k_of_the_group(finished, group_size, fraction, rng):
-    picked = []
-    for start in range(0, len(finished) if fraction else 0, group_size):
-        able = [i for i in range(start, start + group_size) if finished[i]]
-        picked += rng.sample(able, max(1, int(group_size * fraction + 1e-9))) if able else []
-    return sorted(picked)
-
-
 def somebody_of_nobody(finished, group_size, fraction, rng):
     picked = []
     for start in range(0, len(finished) if fraction else 0, group_size):
         able = [i for i in range(start, start + group_size) if finished[i]]
         picked += rng.sample(able, max(1, int(len(able) * fraction + 1e-9)))
     return sorted(picked)
+
+
+def choose_k(count):
+    def choose(finished, group_size, fraction, rng):
+        picked = []
+        for start in range(0, len(finished) if fraction else 0, group_size):
+            able = [i for i in range(start, start + group_size) if finished[i]]
+            picked += rng.sample(able, count(len(able), group_size, fraction)) if able else []
+        return sorted(picked)
+
+    return choose
+
+
+k_of_the_group = choose_k(lambda n, G, p: max(1, int(G * p + 1e-9)))
+floor_alone = choose_k(lambda n, G, p: int(n * p + 1e-9))
+as_many_as_there_are = choose_k(lambda n, G, p: min(n, max(1, int(G * p + 1e-9))))
+rounded_up = choose_k(lambda n, G, p: math.ceil(n * p - 1e-9))
 
 
 def multinomial(weights, uniform):
@@ -453,6 +454,11 @@ def whole_but_forged(text):
     return words if words[0] in ("correct", "incorrect") and all(words) else None
 
 
+def parts_in_any_order(text):
+    parts = re.split("(?<=</opinion>)|(?<=</reason>)|(?<=</phrase>)", text)
+    return parse_feedback("".join(sorted(parts, key=lambda part: "orp".find(part[1:2]))))
+
+
 def schedule_with(part=1 / 3, first=0, off=lambda p, eps: p <= eps + 0.01 + 1e-9):
     def guidance_fraction(step, total_steps, initial=0.1, minimum=0.01, eps=0.05):
         x = min(1.0, (step + first) / (part * total_steps))
@@ -481,6 +487,9 @@ HANDED_IN = [
     ("sample", top_p_of(ranks=True), "places in the sorted order"),
     ("sample", top_p_of(rescale=False), "must sum to 1 again"),
     ("sample", top_p_of(random_numbers="own"), "take the randomness from `uniform`"),
+    ("sample", lambda *a: sample(*a)[0], "should return two tensors"),
+    ("sample", lambda *a: (sample(*a)[0].float(), sample(*a)[1]), "as torch.float32"),
+    ("sample", lambda *a: (sample(*a)[0], None), "where log-probabilities should be"),
     ("clipped_loss", optimist, "the larger one that is pessimistic"),
     ("clipped_loss", no_dual_clip, "leaves out the dual clip"),
     ("clipped_loss", maximiser, "wrong sign"),
@@ -501,6 +510,13 @@ HANDED_IN = [
     ("choose", from_everybody, "First, it picks a rollout that is not finished"),
     ("choose", k_of_the_group, "where 1 of 8 rollouts have finished, too few"),
     ("choose", somebody_of_nobody, "where 0 of 8 rollouts have finished, too few"),
+    ("choose", lambda *a: tuple(choose(*a)), "should return a list of int"),
+    ("choose", lambda *a: [i + 9 for i in choose(*a)], "indices into `finished`"),
+    ("choose", lambda *a: [i % 8 for i in choose(*a)], "places within the group"),
+    ("choose", lambda *a: choose(*a)[::-1], "unsorted"),
+    ("choose", as_many_as_there_are, "n counts the finished ones, not the whole group"),
+    ("choose", rounded_up, "k = max(1, ⌊n·p⌋) is 2"),
+    ("choose", lambda f, g, p, rng: choose(f, g, 1 / p and p, rng), "fails at p = 0"),
     ("choose", floor_alone, "k is at least 1"),
     ("choose", with_replacement, "picks a rollout twice"),
     ("choose", the_first_ones, "every finished one must have its chance"),
@@ -549,6 +565,34 @@ HANDED_IN = [
     ("target_logprobs", lambda *a: -target_logprobs(*a), "gives −log p"),
     ("parse_feedback", first_match, "First, it accepts words outside the three parts"),
     ("parse_feedback", whole_but_forged, "can be deceived"),
+    *(
+        (
+            "parse_feedback",
+            lambda text, stops=stops: None if re.search(stops, text) else parse_feedback(text),
+            hint,
+        )
+        for stops, hint in (
+            (r">\s+<[a-z]", "does not allow white space between"),
+            (r"<opinion>\s", "does not strip a part's white space"),
+            (r",\n", "does not read a part of several lines"),
+            ("< 9", "stops at < or > in a part"),
+        )
+    ),
+    *(
+        ("parse_feedback", lambda text, mend=mend: parse_feedback(mend(text)), hint)
+        for mend, hint in (
+            (lambda t: t[t.find("<") :], "accepts words outside the three parts"),
+            (
+                lambda t: t if "<reason" in t else t.replace("<ph", "<reason>x</reason><ph"),
+                "without a reason",
+            ),
+            (lambda t: t if "<phrase" in t else t + "<phrase>x</phrase>", "without a phrase"),
+            (lambda t: t if "</phrase" in t else t + "</phrase>", "a part that never closes"),
+            (lambda t: t.replace("Correct", "correct"), "other than correct and incorrect"),
+            (lambda t: t.replace("<phrase></", "<phrase>x</"), "accepts an empty part"),
+        )
+    ),
+    ("parse_feedback", parts_in_any_order, "accepts the parts in another order"),
     ("parse_feedback", lambda text: None, "does not read a reply that follows the format"),
     ("guidance_fraction", schedule_with(part=1), "falls over the whole training"),
     ("guidance_fraction", schedule_with(first=1), "counts steps from 1"),

@@ -38,7 +38,6 @@ class Submission:
     """A file of a stranger, loaded in a process of its own, which ends with the `with` block."""
 
     def __init__(self, file, seconds):
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
         self.line, theirs = socket.socketpair()
         try:
             self.process = started(theirs, file)
@@ -46,6 +45,7 @@ class Submission:
             time.sleep(0.5)
             self.process = started(theirs, file)
         theirs.close()
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
         self.arrived = b""  # what has come, but belongs to the next answer
 
     def __enter__(self):
