@@ -68,7 +68,8 @@ def sample_by_hand(
         "cut": (probs / probs.sum(-1, keepdim=True)).log(),
         "p": hot.softmax(-1),
     }[told]
-    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)
+    ids = probs.argsort(-1, descending=True).gather(-1, tokens) if ranks == "ids" else tokens
+    return tokens.squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
 
 
 def distributions(generator):
@@ -90,6 +91,8 @@ SAMPLE = Task(
         "returns places in the sorted order; look up which id of the vocabulary stands there": {
             "ranks": True
         },
+        "returns the right log-probabilities, but of tokens only their places in the sorted order; "
+        "look up which id of the vocabulary stands there": {"ranks": "ids"},
         "draws wrongly after the cut: what is left must sum to 1 again (or scale u by its sum)": {
             "scaled": False
         },

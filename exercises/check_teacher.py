@@ -37,8 +37,9 @@ def complaints_about_choosing(solution, seed):
             return
         if picked != solution(list(finished), 8, fraction, seed + draw):
             yield "picks others when it gets the same rng again; draw from `rng` alone"
-        earlier += complaints_about_a_choice(picked, groups, fraction)
-        yield from earlier
+        if not earlier:  # the first draw with complaints is enough
+            earlier += complaints_about_a_choice(picked, groups, fraction)
+            yield from earlier
         seen |= set(picked) if fraction == 0.1 else set()
     never = {i for i, f in enumerate(finished) if f} - seen
     if never and not earlier:  # else it may follow from that
@@ -69,6 +70,7 @@ def complaints_about_a_choice(picked, groups, fraction):
     if len(set(picked)) < len(picked):
         yield "picks a rollout twice; without replacement: rng.sample, not rng.choices"
         return
+    wrong_numbers = []
     for question, group in enumerate(groups):
         places = [i - 8 * question for i in picked if i // 8 == question]
         if not all(group[i] for i in places):
@@ -78,11 +80,12 @@ def complaints_about_a_choice(picked, groups, fraction):
         right = max(1, math.floor(n * fraction + 1e-9)) if n else 0
         case = f"of a question with {n} of 8 rollouts finished, at p = {fraction}"
         if k == 0 and right:
-            yield "helps nobody where n·p is below 1; k is at least 1"
-        elif k != right and k == max(1, math.floor(8 * fraction + 1e-9)):
-            yield f"picks {k} {case}: n counts the finished ones, not the whole group"
+            wrong_numbers.append("helps nobody where n·p is below 1; k is at least 1")
+        elif k != right and k == min(n, max(1, math.floor(8 * fraction + 1e-9))):
+            wrong_numbers.append(f"picks {k} {case}: n counts the finished ones, not the group")
         elif k != right:
-            yield f"picks {k} {case}; k = max(1, ⌊n·p⌋) is {right}"
+            wrong_numbers.append(f"picks {k} {case}; k = max(1, ⌊n·p⌋) is {right}")
+    yield from wrong_numbers[:1]
     if picked != sorted(picked):
         yield "returns its indices unsorted"
 

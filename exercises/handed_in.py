@@ -176,51 +176,25 @@ def unscaled(q, k, v, keys, values):
     return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, scale=1.0), keys, values
 
 
-def top_p_of(
-    warm=True,
-    strict=False,
-    whole=True,
-    told_warm=True,
-    ranks=False,
-    rescale=True,
-    random_numbers=None,
+def sample_with(
+    warm=True, strict=False, whole=True, told_warm=True, ranks=False, rescale=True, own=False
 ):
-    """A sampler a token at a time, with one thing wrong."""
+    """A sampler in the order of the ranks, with one thing wrong."""
 
     def sample(logits, uniform, temperature, top_p):
-        tokens, logprobs = [], []
-        for z, u in zip(
-            logits, uniform if random_numbers is None else torch.rand(len(uniform)), strict=True
-        ):
-            p = (z / temperature if warm else z).softmax(-1)
-            order, kept, total = p.argsort(descending=True).tolist(), [], 0.0
-            for place, token in enumerate(order):
-                if total >= top_p or strict and kept and total + p[token] > top_p:
-                    break
-                kept.append(place if ranks else token)
-                total += p[token].item()
-            weights = [p[order[place]].item() for place in range(len(kept))]
-            below, target, drawn = (
-                0.0,
-                u.item() * (sum(weights) if rescale else 1),
-                len(p) if not rescale else kept[-1],
-            )
-            for token, weight in zip(kept, weights, strict=True):
-                below += weight
-                if below >= target - 1e-7:
-                    drawn = token
-                    break
-            tokens.append(drawn)
-            distribution = (z / temperature if told_warm else z).log_softmax(-1)
-            if not whole:
-                distribution = torch.tensor(
-                    [
-                        weights[kept.index(i)] / sum(weights) if i in kept else 1
-                        for i in range(len(z))
-                    ]
-                ).log()
-            logprobs.append(distribution[min(drawn, len(p) - 1)])
-        return torch.tensor(tokens), torch.stack(logprobs)
+        V = logits.shape[1]
+        p, order = (logits / temperature if warm else logits).softmax(1).sort(1, descending=True)
+        kept = p.cumsum(1) <= top_p if strict else p.cumsum(1) - p < top_p
+        kept[:, 0] = True
+        cdf = (p * kept).cumsum(1)
+        u = torch.rand(len(p)) if own else uniform
+        target = u[:, None] * (cdf[:, -1:] if rescale else 1) - 1e-7
+        place = (cdf < target).sum(1)  # V where there is none
+        token = order.gather(1, place.clamp(max=V - 1)[:, None])
+        told = (logits / temperature if told_warm else logits).log_softmax(1).gather(1, token)
+        if not whole:
+            told = (p / cdf[:, -1:]).log().gather(1, place.clamp(max=V - 1)[:, None])
+        return place if ranks else torch.where(place < V, token[:, 0], V), told[:, 0]
 
     return sample
 
@@ -456,7 +430,7 @@ def whole_but_forged(text):
 
 def parts_in_any_order(text):
     parts = re.split("(?<=</opinion>)|(?<=</reason>)|(?<=</phrase>)", text)
-    return parse_feedback("".join(sorted(parts, key=lambda part: "orp".find(part[1:2]))))
+    return parse_feedback("".join(sorted(parts, key=lambda part: "orp".find(part.strip()[1:2]))))
 
 
 def schedule_with(part=1 / 3, first=0, off=lambda p, eps: p <= eps + 0.01 + 1e-9):
@@ -480,13 +454,13 @@ HANDED_IN = [
     ("attend", heads_in_turn, "neighbours share one"),
     ("attend", forgets_the_new_token, "the next token will not see this one"),
     ("attend", unscaled, "divided by √E"),
-    ("sample", top_p_of(strict=True), "drops the token that crosses top_p"),
-    ("sample", top_p_of(warm=False, told_warm=False), "takes no notice of the temperature"),
-    ("sample", top_p_of(whole=False), "log-probabilities of what is left after the cut"),
-    ("sample", top_p_of(told_warm=False), "log-probabilities at temperature 1"),
-    ("sample", top_p_of(ranks=True), "places in the sorted order"),
-    ("sample", top_p_of(rescale=False), "must sum to 1 again"),
-    ("sample", top_p_of(random_numbers="own"), "take the randomness from `uniform`"),
+    ("sample", sample_with(strict=True), "drops the token that crosses top_p"),
+    ("sample", sample_with(warm=False, told_warm=False), "takes no notice of the temperature"),
+    ("sample", sample_with(whole=False), "log-probabilities of what is left after the cut"),
+    ("sample", sample_with(told_warm=False), "log-probabilities at temperature 1"),
+    ("sample", sample_with(ranks=True), "places in the sorted order"),
+    ("sample", sample_with(rescale=False), "must sum to 1 again"),
+    ("sample", sample_with(own=True), "take the randomness from `uniform`"),
     ("sample", lambda *a: sample(*a)[0], "should return two tensors"),
     ("sample", lambda *a: (sample(*a)[0].float(), sample(*a)[1]), "as torch.float32"),
     ("sample", lambda *a: (sample(*a)[0], None), "where log-probabilities should be"),
@@ -514,7 +488,7 @@ HANDED_IN = [
     ("choose", lambda *a: [i + 9 for i in choose(*a)], "indices into `finished`"),
     ("choose", lambda *a: [i % 8 for i in choose(*a)], "places within the group"),
     ("choose", lambda *a: choose(*a)[::-1], "unsorted"),
-    ("choose", as_many_as_there_are, "n counts the finished ones, not the whole group"),
+    ("choose", as_many_as_there_are, "n counts the finished ones, not the group"),
     ("choose", rounded_up, "k = max(1, ⌊n·p⌋) is 2"),
     ("choose", lambda f, g, p, rng: choose(f, g, 1 / p and p, rng), "fails at p = 0"),
     ("choose", floor_alone, "k is at least 1"),

@@ -101,13 +101,6 @@ STRANGE = [
         "- group_advantages right",
     ),
     (
-        "1_group_advantages",  # ends the process that starts the others
-        "import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)\n"
-        + HEADER
-        + RIGHT_TEXTS["group_advantages"],
-        "right",
-    ),
-    (
         "1_group_advantages",
         "class Like:\n    __eq__ = __bool__ = lambda *_: True\n"
         "    def __getattr__(self, name):\n        return self\n"
@@ -183,7 +176,7 @@ def test_what_has_another_name_is_told(graded):
 def test_the_record_says_what_is_wrong_and_how_to_repeat_it(graded):
     _, _, record, _ = graded
     assert record["seed"] == 5 and record["seconds"] == 30
-    functions = record["people"]["p18"]["exercises"]["6_choose_and_augment"]["functions"]
+    functions = record["people"]["p17"]["exercises"]["6_choose_and_augment"]["functions"]
     assert functions["augment"] is None and functions["choose"].startswith("is missing")
 
 
@@ -210,6 +203,18 @@ def test_one_that_never_ends_is_ended_and_the_next_is_graded(tmp_path):
     status, text = run(tmp_path, "--seconds", 1.5)
     assert status == 0 and text.count("takes longer than 1.5 seconds") == 2
     assert time.monotonic() - began < 20 and text.startswith("seed ")
+
+
+@pytest.mark.slow
+def test_the_process_that_starts_the_others_may_be_ended(tmp_path):
+    """Past the fence, so the point is earned; what matters is that the grading goes on."""
+    text = "import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)\n"
+    for person in ("ann", "bob"):
+        (tmp_path / person).mkdir()
+        file = tmp_path / person / "1_group_advantages.py"
+        file.write_text(text + HEADER + RIGHT_TEXTS["group_advantages"])
+    status, printed = run(tmp_path)
+    assert status == 0 and printed.count("group_advantages right") == 2
 
 
 def test_another_seed_gives_other_inputs(tmp_path):
