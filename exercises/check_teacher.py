@@ -22,7 +22,7 @@ def complaints_about_choosing(solution, seed):
     # 8, 0, 4 and 1 of a question's 8 rollouts have finished.
     groups = [rng.sample([True] * n + [False] * (8 - n), 8) for n in (8, 0, 4, 1)]
     finished = sum(groups, [])
-    solution([True] * 8, 8, 0.3, seed)
+    solution([True] * 8, 8, 0.3, seed)  # if this fails, it is not for want of finished rollouts
     earlier = list(complaints_about_few(solution, groups, seed))
     yield from earlier
     seen = set()

@@ -121,7 +121,7 @@ def difference(found, expected, case, task):
             wrong = unequal(a, b, task.close)
             at = tuple(wrong.nonzero()[0].tolist())
             count = f" ({int(wrong.sum())} of {b.numel()} numbers differ)"
-            part += str(list(at))
+            part += str(list(at)) if at else ""
             a, b = a[at], b[at]
         elif isinstance(a, list) and isinstance(b, list):
             i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -158,6 +158,8 @@ def inputs(case, at, task):
 
 
 def show(x):
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(show, x))}]" if len(x) <= SHOWN else f"a list of {len(x)}"
     if not torch.is_tensor(x):
         return f"{x:.6g}" if isinstance(x, float) else f"{x!r:.120}"
     if x.dim() == 0:
