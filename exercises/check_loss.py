@@ -34,9 +34,8 @@ ADVANTAGES = Task(
         "keepdim=True)": {"dim": None},
         "takes mean and std down the columns; a group is a row (dim=1)": {"dim": 0},
         "gives nan where all rewards of a group are equal: 0/0. Add 1e-6 to the std": {"eps": 0},
-        "subtracts the group's mean and leaves it at that; divide by the group's std as well": {
-            "power": 0
-        },
+        "subtracts the group's mean and leaves it at that, as Dr. GRPO does; divide by the group's "
+        "std as well": {"power": 0},
         "divides by the variance; divide by its root, the std": {"power": 2},
         "subtracts the mean of the other rollouts and divides by no std: this is RLOO, the "
         "leave-one-out baseline. It is another estimator: its baseline does not contain r_i, and "
@@ -183,21 +182,14 @@ SHAPED = Task(
 
 
 def program_mean(batches, forward):
-    """grpo's token mean of each micro-batch, weighed by its tokens, as grpo.update weighs it."""
-    total, whole = sum(int(mask.sum()) for _, mask in batches), 0.0
+    """As grpo.update does it; in the program, token_losses has set ℓ to 0 outside the mask."""
+    tokens = sum(int(mask.sum()) for _, mask in batches)
+    rollouts, loss = sum(len(mask) for _, mask in batches), 0.0
     for inputs, mask in batches:
-        losses = forward(inputs)
-        # With Â = −1 the loss −Â·log π is what stands in the place of log π.
-        loss, _ = grpo.policy_loss(
-            losses, losses.detach(), -torch.ones(len(mask), 1), mask, mask, **LIKELIHOOD
-        )
-        part = loss * (int(mask.sum()) / total)
+        part = grpo.mean_loss(forward(inputs) * mask, mask, tokens, rollouts, grpo.LossSettings())
         part.backward()
-        whole += part.item()
-    return whole
-
-
-LIKELIHOOD = {"shaping": "likelihood", "unlikely": 0.0}
+        loss += part.item()
+    return loss
 
 
 def token_mean(batches, forward, unit="tokens", padding=False, backward="each", told="sum"):
@@ -244,8 +236,8 @@ TOKEN_MEAN = Task(
         "adds the micro-batches' means up; divide each sum by the tokens of all micro-batches": {
             "unit": "one each"
         },
-        "gives each rollout the same weight, so a token of a short one weighs more; in a token "
-        "mean each token weighs the same": {"unit": "rows"},
+        "gives each rollout the same weight, as DeepSeekMath's GRPO does, so a token of a short "
+        "one weighs more; in a token mean each token weighs the same": {"unit": "rows"},
         "divides by the padding, too; count the tokens where mask is True": {"unit": "places"},
         "gives the sum; divide by the number of tokens": {"unit": "none"},
         "adds the losses of padding; only those where mask is True count": {"padding": True},

@@ -529,7 +529,7 @@ HANDED_IN = [
     ("decode_step", step_with(position=lambda n: n - 1), "the position of the token before"),
     ("decode_step", step_with(key=False), "turns q alone"),
     ("accumulate", mean_of_means, "a token of a small micro-batch weighs more"),
-    ("accumulate", mean_of_rollouts, "a token of a short one weighs more"),
+    ("accumulate", mean_of_rollouts, "weighs more; in a token mean"),
     ("accumulate", one_backward, "calls backward() once, at the end"),
     ("accumulate", with_padding, "First, it divides by the padding, too"),
     ("accumulate", lambda batches, forward: 0.5, "gives the gradient[0] = 0; right is"),
