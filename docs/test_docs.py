@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import grpo
+from data.scores import mean_and_se
 from run.config import Config
 from show import plan
 from show.diagrams import LLAMA_3B, RUNS, SIZES
@@ -248,6 +249,42 @@ def table_std():
     return text
 
 
+def table_means():
+    """What each mean makes of a guided rollout of 75 tokens among seven of 35."""
+    _, a = group(1, 8)
+    lengths = torch.tensor([75] + [35] * 7)
+    mask = torch.arange(75) < lengths[:, None]
+    text = head(
+        "mean", "weight of its tokens", "of the others' tokens", "its share of the pull", "net pull"
+    )
+    for name, kind in (
+        ("token", "token"),
+        ("response", "response"),
+        ("constant, L = 140", "constant"),
+    ):
+        losses = torch.zeros(8, 75, dtype=torch.float64, requires_grad=True)
+        settings = grpo.LossSettings(loss_mean=kind, max_tokens=140)
+        grpo.mean_loss(losses, mask, int(mask.sum()), 8, settings).backward()
+        weights = losses.grad * mask  # of each token in the mean
+        pulls = weights.sum(1) * a
+        share = pulls[0].abs() / pulls.abs().sum()
+        cells = (weights[0, 0].item(), weights[1, 0].item(), 100 * pulls.sum().item())
+        text += row(name, f"{cells[0]:.5f}", f"{cells[1]:.5f}", f"{share:.0%}", f"{cells[2]:.1f}")
+    return text
+
+
+def table_variants():
+    shown = ("accuracy", "reflection_rate_first_wrong", "reflection_rate_first_right")
+    text = head("variant", "accuracy", "reflects when wrong", "when right", "take-off")
+    for name, runs in result("ablate-grpo").items():
+        cells = [
+            "{:.3f} ± {:.3f}".format(*mean_and_se([run[key] for run in runs])) for key in shown
+        ]
+        steps = ["–" if run["take_off"] is None else str(run["take_off"]) for run in runs]
+        text += row(name, *cells, ", ".join(steps))
+    return text
+
+
 def memory(**settings):
     return plan.memory(Config(**settings), SIZES)
 
@@ -272,6 +309,8 @@ TABLES = {
     "stale": table_stale,
     "groups": table_groups,
     "std": table_std,
+    "means": table_means,
+    "variants": table_variants,
     "memory": table_memory,
     "refusal": refusal,
 }
