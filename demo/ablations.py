@@ -143,7 +143,9 @@ LITERATURE = {  # docs/grpo.md has the formulas
     "constant denominator": dict(loss_mean="constant"),
     "centred, constant (Dr. GRPO)": dict(advantages="centred", loss_mean="constant"),
     "clip-higher (DAPO)": dict(clip_high=0.28),
-    "ratio of a response (GSPO)": dict(ratio="response", clip=3e-4, clip_high=4e-4),
+    "ratio and mean of a response (GSPO)": dict(
+        ratio="response", clip=3e-4, clip_high=4e-4, loss_mean="response"
+    ),
     "KL term, 0.04": dict(kl_coef=0.04),
 }
 LOSSES = {

@@ -56,6 +56,9 @@ def test_numbers_of_the_misconceptions():
     bases = [result(f"demo-seed{n}")["base"] for n in SEEDS]
     samples = sum(base["sampled_rollouts"] for base in bases)
     reflecting = sum(b["sampled_reflection_rate"] * b["sampled_rollouts"] for b in bases)
+    metrics = result("metrics-seed0")
+    equal = metrics["grpo"]["groups_equal"].count(1.0)
+    held = [share for share in metrics["thinktuning"]["clip_fraction"] if share]
     assert not missing(
         "misconceptions.md",
         f"Alone that model is right in {demo['base']['accuracy']:.3f} of the problems",
@@ -67,8 +70,12 @@ def test_numbers_of_the_misconceptions():
         f"the ordinary ratio {with_error(runs['no AAS: ordinary ratio'])}",
         f"a constant γ {with_error(runs['γ constant, as published'])}",
         f"another question ends at {mean(runs['feedback shuffled']):.3f}",
+        f"without its reason at {mean(runs['guidance without its reason']):.3f}",
         f"In seeds 2 and 6 it gains {gains[2]} and {gains[6]} points",
         f"wrote {samples:,} samples, of which {round(reflecting)} reflect",
+        f"`groups_equal` is 1.0 in {equal} of 60 steps",
+        f"the clip holds tokens in {len(held)} of the 60 steps",
+        f"at most {max(held):.1%} of a step's tokens",
     )
 
 
@@ -78,6 +85,7 @@ ROWS = {  # of the slide on AAS: the row's name here and in results/ablate-all.j
     "γ constant": "γ constant, as published",
     "teacher for the whole run": "teacher for the whole run",
     "feedback shuffled": "feedback shuffled",
+    "guidance without its reason": "guidance without its reason",
     "GRPO, four times the steps": "GRPO, four times the steps",
 }
 

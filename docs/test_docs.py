@@ -254,9 +254,7 @@ def table_means():
     _, a = group(1, 8)
     lengths = torch.tensor([75] + [35] * 7)
     mask = torch.arange(75) < lengths[:, None]
-    text = head(
-        "mean", "weight of its tokens", "of the others' tokens", "its share of the pull", "net pull"
-    )
+    text = head("mean", "weight of its tokens", "of the others' tokens", "its share", "balance")
     for name, kind in (
         ("token", "token"),
         ("response", "response"),
@@ -273,12 +271,21 @@ def table_means():
     return text
 
 
-def table_variants():
-    shown = ("accuracy", "reflection_rate_first_wrong", "reflection_rate_first_right")
-    text = head("variant", "accuracy", "reflects when wrong", "when right", "take-off")
-    for name, runs in result("ablate-grpo").items():
+SHOWN = {
+    "accuracy": "accuracy",
+    "reflects when wrong": "reflection_rate_first_wrong",
+    "when right": "reflection_rate_first_right",
+    "names the line": "names_line",  # None where none reflects
+}
+
+
+def table_ablation(which):
+    text = head("variant", *SHOWN, "take-off")
+    for name, runs in result(f"ablate-{which}").items():
+        columns = [[run[key] for run in runs] for key in SHOWN.values()]
         cells = [
-            "{:.3f} ± {:.3f}".format(*mean_and_se([run[key] for run in runs])) for key in shown
+            "–" if None in values else "{:.3f} ± {:.3f}".format(*mean_and_se(values))
+            for values in columns
         ]
         steps = ["–" if run["take_off"] is None else str(run["take_off"]) for run in runs]
         text += row(name, *cells, ", ".join(steps))
@@ -310,7 +317,8 @@ TABLES = {
     "groups": table_groups,
     "std": table_std,
     "means": table_means,
-    "variants": table_variants,
+    "variants": lambda: table_ablation("grpo"),
+    "ablations": lambda: table_ablation("all"),
     "memory": table_memory,
     "refusal": refusal,
 }

@@ -10,8 +10,8 @@ training, and stays there:
 Where p ≤ eps + 0.01 the teacher is off: p_s is 0, and the rest of the training is plain GRPO. The
 student must stand on its own.
 
-(The comparison needs some care, because 0.1 + 0.2 is not 0.3 in floating point. The check asks for
-equality only where the numbers are exact.)
+(The comparison needs some care, because 0.1 + 0.2 is not 0.3 in floating point. The check tests
+p = eps + 0.01 only with numbers that floating point holds exactly.)
 
 Fill the gap, then run this file: python exercises/12_schedule.py
 """

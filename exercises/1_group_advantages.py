@@ -5,8 +5,8 @@ rollout is: it compares it with the others of its group.
 
     Â_i = (r_i − mean r) / (std r + 1e-6)
 
-mean and std are taken over the G rewards of the same question, and the std is that of a sample (n −
-1 in its denominator). Where all rewards of a group are equal, Â is 0.
+mean and std are taken over the G rewards of the same question, and the std is that of a sample
+(G − 1 in its denominator). Where all rewards of a group are equal, Â is 0.
 
 Fill the gap, then run this file: python exercises/1_group_advantages.py
 """

@@ -3,8 +3,8 @@
 While a model writes, the keys and values of what it has read never change. So they are kept, and
 for a new token only its own query, key and value are computed. With S tokens in the cache:
 
-    K = keys ⊕ k          V = values ⊕ v          (S + 1 positions, the new token among them)
-    y = softmax(q·Kᵀ / √E) · V
+    keys′ = keys ⊕ k      values′ = values ⊕ v    (S + 1 positions, the new token among them)
+    y = softmax(q·keys′ᵀ / √E) · values′
 
 There are H query heads but only K key/value heads (grouped-query attention): query heads 0 … H/K −
 1 read key/value head 0, the next H/K read head 1, and so on. Positions are dealt with already: q

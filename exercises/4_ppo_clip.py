@@ -7,8 +7,8 @@ minimised:
     if Â < 0:  ℓ = min(ℓ, −Â·c)
 
 The max is pessimistic: once ρ has moved by more than ε in the direction that Â asks for, the loss
-is flat and pulls no further. The other way round it is not clipped. The second line bounds what one
-token of a bad rollout can cost, whose ρ may be large.
+is flat and has no gradient. If ρ has moved in the other direction, the loss is not clipped. The
+second line bounds what one token of a bad rollout can cost, whose ρ may be large.
 
 Fill the gap, then run this file: python exercises/4_ppo_clip.py
 """

@@ -12,7 +12,7 @@ For the new token of row b:
     it sees the places 0 … lengths[b]
 
 Attention itself is that of exercise 2: scores divided by √E, a softmax, and H query heads that
-share K key/value heads, neighbours one.
+share K key/value heads: H/K neighbouring query heads read the same one.
 
 Fill the gap, then run this file: python exercises/8_decode_step.py
 """

@@ -117,7 +117,7 @@ def check_tensors(path: Path, student, optimizer) -> None:
         expected |= {f"{i}.step": (), f"{i}.exp_avg": shape, f"{i}.exp_avg_sq": shape}
     found = tensor_shapes(path / "optimizer.safetensors")
     if found and found != expected:  # empty until the first step with a finite gradient
-        raise ValueError("its moments are not shaped as the optimiser's")
+        raise ValueError("its moments are not shaped as the optimizer's")
 
 
 def hash_of(config: dict) -> str:

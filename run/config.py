@@ -47,7 +47,7 @@ class Config:
     temperature: float = option(1.0, "rollouts", "of sampling while training", above=0)
     rows: int = option(128, "rollouts", "responses sampled side by side (memory)", least=1)
 
-    mini_batch: int = option(32, "update", "questions an optimiser step", least=1)
+    mini_batch: int = option(32, "update", "questions an optimizer step", least=1)
     epochs: int = option(1, "update", "passes over the same rollouts", least=1)
     micro_batch: int = option(
         0, "update", "tokens a pass (memory; changes no result); 0: as many as fit", least=0

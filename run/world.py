@@ -2,7 +2,7 @@
 
 Every process has its own share of a step's questions: it samples, asks the teacher, rewards and
 normalises for these alone, and computes their part of the gradient. PyTorch's FSDP2 keeps the
-weights, gradients and the optimiser's state in N parts and adds up the gradients. For sampling each
+weights, gradients and the optimizer's state in N parts and adds up the gradients. For sampling each
 process has a whole copy of the weights, because its rows end at their own times and it must not
 wait for the others at every token.
 """

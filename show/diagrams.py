@@ -228,7 +228,7 @@ RUNS = {
     "the same, blocks computed again": Config(micro_batch=16384),
     "rows 16, micro-batch 2,048, blocks computed again": Config(micro_batch=2048, rows=16),
 }
-STAYS = {"weights": "ink", "optimiser": "blue", "teacher": "green"}
+STAYS = {"weights": "ink", "optimizer": "blue", "teacher": "green"}
 PHASES = ("sampling", "asking the teacher", "update")
 
 

@@ -54,16 +54,16 @@ def memory(config: Config, sizes: Sizes) -> dict[str, int]:
     """Bytes that one process needs, by purpose.
 
     Sampling, asking the teacher and the update come one after the other. Each of several processes
-    has its part of the float32 weights and of the optimiser's state, its share of the rows, and
+    has its part of the float32 weights and of the optimizer's state, its share of the rows, and
     the whole weights for sampling.
     """
     student, item, N, rows = sizes.student, sizes.dtype.itemsize, sizes.processes, config.rows
     n = parameters(student)
     sequence = config.max_prompt + config.max_tokens
-    # The optimiser has two moments, and a master copy of weights that are not float32.
-    parts = {"weights": n * item, "optimiser": n * (12 if item < 4 else 8)}
+    # The optimizer has two moments, and a master copy of weights that are not float32.
+    parts = {"weights": n * item, "optimizer": n * (12 if item < 4 else 8)}
     if N > 1:
-        parts = {"weights": 4 * n // N, "optimiser": 8 * n // N, "weights in one piece": n * item}
+        parts = {"weights": 4 * n // N, "optimizer": 8 * n // N, "weights in one piece": n * item}
     if config.kl_coef and not sizes.self_taught:
         parts["reference"] = n * item
     if sizes.teacher:

@@ -205,7 +205,7 @@ def test_the_bars_of_memory_are_the_plan_s_bytes():
     shown = words(root)
     keys = (
         f"weights {2 * n / gib:.1f}",
-        f"optimiser {12 * n / gib:.1f}",
+        f"optimizer {12 * n / gib:.1f}",
         f"teacher {2 * n / gib:.1f}",
     )
     assert set(keys) <= set(shown)
@@ -219,7 +219,7 @@ def test_the_bars_of_memory_are_the_plan_s_bytes():
         parts = plan.memory(config, diagrams.SIZES)
         for i, phase in enumerate(("sampling", "asking the teacher", "update")):
             place = 3 * run + i
-            sizes = [parts[key] / gib for key in ("weights", "optimiser", "teacher", phase)]
+            sizes = [parts[key] / gib for key in ("weights", "optimizer", "teacher", phase)]
             own = bars[4 * place : 4 * place + 4]
             for bar, size in zip(own, sizes):  # 230 pixels are 160 GiB; a pixel is left free
                 assert float(bar.get("width")) == pytest.approx(230 * size / 160 - 1, abs=0.16)

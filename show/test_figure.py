@@ -100,10 +100,10 @@ def test_the_readmes_lines_on_planted_attempts_are_those_of_fifteen_seeds():
     named = span([run["thinktuning"]["names_line"] for run in runs])
     teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
     mean = sum(1 - found["goes_on"] for found in planted["right"]) / 15
-    assert f"It leaves {alone} alone (mean {mean:.0%})" in readme
+    assert f"{alone} are left alone (mean {mean:.0%})" in readme
     assert f"it names that wrong line in {mended}" in readme
     assert f"the attempt's own number in {taken}" in readme
-    assert f"Of its own attempts it names the wrong line in {named}." in readme
+    assert f"In its own attempts it names the wrong line in {named}." in readme
     others = [run for run in runs if run["seed"] not in (11, 14)]
     least = [
         min(1 - run["planted"]["right"]["goes_on"] for run in others),

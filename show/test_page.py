@@ -239,7 +239,7 @@ GREEDY = """
   return found;"""
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_greedy_answers_are_python_s(in_browser, models, count):
     problems = load_problems("wordproblems", "test")[:count]
     found = in_browser(GREEDY, problems)

@@ -32,11 +32,11 @@ def test_parts_by_hand():
     n = plan.parameters(LLAMA_3B)
     parts = memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.bfloat16))
     assert parts["weights"] == parts["teacher"] == parts["reference"] == 2 * n
-    assert parts["optimiser"] == 12 * n  # float32: master, two moments
+    assert parts["optimizer"] == 12 * n  # float32: master, two moments
     cached = 2 * 28 * 8 * 128 * 2  # bytes a position: k and v
     assert parts["sampling"] > (20 * (512 + 1024) + 4 * 512) * cached
     assert parts["asking the teacher"] > 20 * (3072 + 1024) * cached
-    assert memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.float32))["optimiser"] == 8 * n
+    assert memory(config, Sizes(LLAMA_3B, LLAMA_3B, torch.float32))["optimizer"] == 8 * n
     assert peak(parts) == sum(
         b for k, b in parts.items() if k not in ("sampling", "asking the teacher", "update")
     ) + max(parts["sampling"], parts["asking the teacher"], parts["update"])
@@ -192,7 +192,7 @@ for p in model.parameters():
     torch.nn.init.normal_(p, std=0.02)
 model.recompute = recompute
 optimizer = MasterAdamW(model.parameters(), lr=1e-5, fused=True)
-for _ in range(2):  # the first step makes the optimiser's state
+for _ in range(2):  # the first step makes the optimizer's state
     update(model, optimizer, rollouts, micro_batch=micro_batch)
 print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype))))
 """

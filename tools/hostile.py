@@ -225,7 +225,7 @@ SETTINGS = {"seed": 0, "keep": 1}
 
 
 def trained(steps=1):
-    """A tiny student and its optimiser after a step."""
+    """A tiny student and its optimizer after a step."""
     import torch
 
     from grpo import MasterAdamW
