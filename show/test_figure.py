@@ -116,5 +116,5 @@ def test_the_readmes_lines_on_planted_attempts_are_those_of_fifteen_seeds():
     ]
     *first, last = (f"{share:.0%}" for share in least)
     words = f"{', '.join(first)} and {last}".replace("%", "", 3)
-    assert f"Without seeds 11 and 14 the lowest of these are {words}. So" in readme
+    assert f"Without seeds 11 and 14 the lowest are {words}. So" in readme
     assert f"solves {teacher} of these problems" in readme
