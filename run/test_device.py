@@ -159,9 +159,16 @@ LOOK = "if not done.any()"
 ENDED = ["kept = int(", "gaps = ", "movers = ", "self.longest = int("]  # where rows have ended
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("rows", (None, 5))  # 5: rows that end give their place to others
-@pytest.mark.parametrize("behind", (False, True))
+@pytest.mark.parametrize(
+    "dtype, rows, behind",
+    [  # with 5 rows, rows that end give their place to others
+        (torch.float32, None, True),
+        (torch.float32, 5, False),
+        (torch.float32, 5, True),
+        (torch.bfloat16, 5, True),
+        (torch.float16, None, False),
+    ],
+)
 def test_sampling_mixes_no_devices_and_waits_for_one_look_a_block(
     device, rows, dtype, behind, monkeypatch
 ):

@@ -345,16 +345,16 @@ def test_no_write_that_fails_or_never_returns_loses_the_run(start, undisturbed, 
 
 
 @pytest.mark.slow
-def test_25_kills_at_random_moments_change_nothing(start, undisturbed, tmp_path):
+def test_15_kills_at_random_moments_change_nothing(start, undisturbed, tmp_path):
     whole, seconds = undisturbed
     rng, out, kills, finished = random.Random(0), tmp_path / "run0", 0, 0
-    while kills < 25:
+    while kills < 15:
         status = child(start, out, "--save-every", "1", kill_after=rng.uniform(0, 1.2 * seconds))
         if status == -signal.SIGKILL:
             kills += 1
         else:
             assert status == 0
-        if status == 0 or kills == 25:
+        if status == 0 or kills == 15:
             assert child(start, out, "--save-every", "1") == 0
             assert outcome(out) == whole
             finished += 1

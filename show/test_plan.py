@@ -192,8 +192,9 @@ for p in model.parameters():
     torch.nn.init.normal_(p, std=0.02)
 model.recompute = recompute
 optimizer = MasterAdamW(model.parameters(), lr=1e-5, fused=True)
-for _ in range(2):  # the first step makes the optimizer's state
-    update(model, optimizer, rollouts, micro_batch=micro_batch)
+# The first step makes the optimizer's state, which a short rollout does as well.
+update(model, optimizer, [Rollout(ids(2), ids(2), True, advantage=1.0)])
+update(model, optimizer, rollouts, micro_batch=micro_batch)
 print((status("VmHWM") - before) / peak(memory(config, Sizes(SMALL, None, dtype))))
 """
 
@@ -252,7 +253,7 @@ def test_the_estimate_of_an_update_is_near_what_a_process_takes(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", ["44 1 512 8 0", "2 32 512 16 0", "8 16 128 48 0", "48 1 128 16 700"]
+    "settings", ["20 1 512 4 0", "2 32 512 8 0", "8 16 128 24 0", "32 1 128 8 700"]
 )
 def test_the_estimate_of_generation_is_near_what_a_process_takes(settings):
     """Prompts, samples, tokens of a prompt, of a reply, of exemplars."""
