@@ -14,7 +14,7 @@ from data.reward import final_answer
 from data.scores import mean_and_se
 from data.wordproblems import MOST, answer_sentence
 from demo.base import Setup, base_model
-from demo.comparison import examine, held_out_problems, train_one
+from demo.comparison import TOO_QUICK, examine, held_out_problems, train_one
 from demo.supervised import train_supervised
 from demo.texts import WORDING
 from run.config import DEMO
@@ -215,6 +215,9 @@ def ablate(setup: Setup, which, repeats):
     print(f"mean ± standard error over {repeats} training seeds" if repeats > 1 else "one run each")
     for name, outcomes in rows.items():
         print(summary_line(name, outcomes))
+    print(f"{path} has all of it")
+    if setup.quick:
+        print(TOO_QUICK)
 
 
 def settings_of(setup: Setup, variant: Variant, rows, repeat: int):
@@ -262,6 +265,6 @@ def summary_line(name, outcomes) -> str:
     steps = ", ".join("-" if step is None else str(step) for step in steps)
     wrong, right = mean("reflection_rate_first_wrong"), mean("reflection_rate_first_right")
     return (
-        f"{name:<30} accuracy {mean('accuracy')}   reflects when wrong {wrong}, when right {right}"
+        f"{name:<35} accuracy {mean('accuracy')}   reflects when wrong {wrong}, when right {right}"
         f"   takes off at {steps}"
     )

@@ -31,6 +31,7 @@ SAMPLED = (  # scores that are also given for sampled responses
     "reflection_rate_first_right",
     "behaviours",
 )
+TOO_QUICK = "a quick run only checks that everything runs: it is too short to show anything"
 CURVE = dict(eval_every=5, eval_count=100)  # evaluations during training, for the report's curves
 
 
@@ -40,7 +41,7 @@ def demonstrate(setup: Setup, page):
     `page()` writes the report of what there is so far.
     """
     out, config, clock = setup.out, setup.config, Clock()
-    remove_old_results(out)
+    set_old_results_aside(out)
     base = base_model(setup)
     clock.lap("pretrain")
     test = held_out_problems(setup)
@@ -74,7 +75,7 @@ def demonstrate(setup: Setup, page):
     print(f"\n{planted_table(planted)}\n\n{same_question(records)}")
     print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
-        print("a quick run only checks that everything runs: it is too short to show anything")
+        print(TOO_QUICK)
 
 
 class Clock:
@@ -101,10 +102,18 @@ class Clock:
 # These are shared with the novelty test.
 
 
-def remove_old_results(out):
-    """Delete the old table, report and metrics: they would not belong to the new models."""
-    for name in ("summary.json", "report.html", *(f"{method}/metrics.jsonl" for method in METHODS)):
-        (out / name).unlink(missing_ok=True)
+def set_old_results_aside(out):
+    """Move what an earlier run has left in `out` into a directory there: it has other models."""
+    names = ("summary.json", "report.html", "page.html", *METHODS)
+    old = [out / name for name in names if (out / name).exists()]
+    if not old:
+        return
+    number = 1 + len(list(out.glob("earlier-*")))
+    aside = out / f"earlier-{number}"
+    aside.mkdir()
+    for path in old:
+        path.rename(aside / path.name)
+    print(f"the earlier results in {out} are now in {aside}")
 
 
 def held_out_problems(setup: Setup, split: str = "test"):

@@ -19,8 +19,8 @@ from demo.base import Setup, base_model
 from demo.comparison import (
     METHODS,
     held_out_problems,
-    remove_old_results,
     save_trained,
+    set_old_results_aside,
     train_one,
     write_summary,
 )
@@ -41,7 +41,7 @@ def compare(setup: Setup):
     setup = replace(setup, config=replace(setup.config, **SETTINGS))
     out, config, quick = setup.out, setup.config, setup.quick
     began = time.perf_counter()
-    remove_old_results(out)
+    set_old_results_aside(out)
     base = base_model(setup)
     base = acquaint(base, setup.recipe, setup.tokenizer, steps=10 if quick else READING["steps"])
     test = held_out_problems(setup)

@@ -48,7 +48,11 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     assert first.startswith(f"{tmp_path / 'report.html'} shows the run")
     assert "W ThinkTuning" in first and "under the teacher prompt" in first
     assert main(["--quick", "--out", str(tmp_path)]) == 0
-    assert "cached in" in capsys.readouterr().out
+    second = capsys.readouterr().out
+    assert "cached in" in second
+    assert f"the earlier results in {tmp_path} are now in {tmp_path / 'earlier-1'}" in second
+    assert json.loads((tmp_path / "earlier-1" / "summary.json").read_text()) == summary
+    assert (tmp_path / "earlier-1" / "thinktuning" / "model" / "model.safetensors").exists()
     method = "<td>ThinkTuning</td>"  # no run of the first demonstration is on a page of the second
     assert [method in page for page in pages] == [False, True, True] * 2
     again = json.loads((tmp_path / "summary.json").read_text())

@@ -128,6 +128,8 @@ class Config:
             check_limits(flag(setting.name), getattr(self, setting.name), setting.metadata)
         if self.published_items - set(PUBLISHED):
             raise ValueError(f"--published must be all, or {ITEMS}, not {self.published!r}")
+        if 0 < self.clip_high < self.clip:
+            raise ValueError(f"--clip-high {self.clip_high} must not be below --clip {self.clip}")
         if self.p_min > self.p_init:
             raise ValueError(f"--p-min {self.p_min} must not be above --p-init {self.p_init}")
 

@@ -65,6 +65,7 @@ def test_bad_input_ends_with_one_sentence_and_status_2(model_directory, tmp_path
     assert "gsm9k" in complaint(capsys, *base, "--data", "gsm9k")
     assert "--clip" in complaint(capsys, *base, "--data", "wordproblems", "--clip", "-1")
     assert "--p-min" in complaint(capsys, *base, "--data", "wordproblems", "--p-init", "0.001")
+    assert "--clip-high" in complaint(capsys, *base, "--data", "wordproblems", "--clip-high", "0.1")
     assert "--published" in complaint(
         capsys, *base, "--data", "wordproblems", "--published", "gama"
     )
@@ -101,6 +102,8 @@ def test_a_wrong_flag_is_named_and_nothing_else_is_blamed():
         (["train", "--frobnicate", "3"], "unrecognized arguments: --frobnicate 3"),
         (["eval", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["ask", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["train", "--advantage", "centred"], "unrecognized arguments: --advantage centred"),
+        (["--see", "3"], "unrecognized arguments: --see 3"),
     ):
         done = subprocess.run(
             [sys.executable, "thinktuning.py", *argv], cwd=HERE, capture_output=True, text=True

@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent); // what show/page.py has stored
 const { vocab_size: V, dim: D, n_layers, max_seq_len, norm_eps, rope_theta } = data.config;
 const { n_heads: H, n_kv_heads: K, head_dim: E, ffn_dim: F } = data.config; // as in model.py
+const add = (a, b) => a.map((value, i) => value + b[i]);
 
 class LM {
   constructor(weights) {
@@ -82,8 +83,6 @@ function rmsNorm(x, weight) {
   const scale = 1 / Math.sqrt(dot(x, x) / x.length + norm_eps);
   return x.map((value, i) => value * scale * weight[i]);
 }
-
-const add = (a, b) => a.map((value, i) => value + b[i]);
 
 // weight (rows, n), x (n,) -> (rows,)
 function linear(weight, x) {
@@ -194,14 +193,12 @@ class Column {
   begin(question, attempt) {
     this.steps = generate(this.model, question, attempt, Number($("temperature").value));
     Object.assign(this, { ids: [], text: "", given: attempt.length });
-    for (const part of [this.tokens, this.verdict, this.likeliest]) part.replaceChildren();
   }
 
   // Shows one token more, or at the end the verdict. Returns whether there was a token.
   next() {
     const { value: step, done } = this.steps.next();
-    if (done) this.verdict.textContent = verdict(this.ids, $("right").value.trim());
-    if (done) return false;
+    if (done) return void (this.verdict.textContent = verdict(this.ids, $("right").value.trim()));
     this.ids.push(step.id);
     this.text = decode(this.ids.filter((id) => id !== data.special.end));
     const reflects = ATTEMPT.exec(this.text)?.[0].length < this.text.length;
@@ -214,37 +211,40 @@ class Column {
 
   // The five likeliest tokens in a token's place, and that token itself.
   show({ id, probabilities: p }) {
-    const ranked = [...p.keys()].sort((a, b) => p[b] - p[a]);
+    const top = [...p.keys()].sort((a, b) => p[b] - p[a]).filter((i, rank) => rank < 5 || i === id);
     const token = (i) => element(i === id ? "mark" : "code", { textContent: shown(i) });
     const bar = (i) => element("span", { textContent: percent(p[i]), style: `--p: ${p[i]}` });
-    const lines = ranked.filter((i, rank) => rank < 5 || i === id);
-    this.likeliest.replaceChildren(...lines.flatMap((i) => [token(i), bar(i)]));
+    this.likeliest.replaceChildren(...top.flatMap((i) => [token(i), bar(i)]));
   }
 }
 
 let newest = 0;
+const clear = () => {
+  document.querySelectorAll(".tokens, .verdict, .likeliest").forEach((e) => e.replaceChildren());
+  return (newest += 1); // an older run ends where a newer one begins
+};
 async function run() {
   const question = $("question").value.trim().replace(/\s+/g, " ");
   const attempt = encode($("attempt").value);
   const length = encode(question).length + attempt.length + 3; // with two tags and an end token
   $("status").value = length > max_seq_len ? `${length} tokens: ${max_seq_len} is the most.` : "";
   let working = length > max_seq_len ? [] : columns;
+  const turn = clear();
   working.forEach((column) => column.begin(question, attempt));
-  const turn = (newest += 1); // an older run ends where a newer one begins
   while (working.length && turn === newest) {
     working = working.filter((column) => column.next());
     await new Promise(requestAnimationFrame);
   }
 }
 
-// Fill in the fields: a problem with its answer, an attempt with a note on it.
-const pose = (values) =>
-  Object.entries({ note: "", ...values }).forEach(([field, value]) => ($(field).value = value));
+const pose = (to) => Object.entries({ note: "", ...to }).forEach(([id, x]) => ($(id).value = x));
 const pick = (list) => list[Math.floor(Math.random() * list.length)];
 const columns = Object.keys(models).map((name) => new Column(name));
-$("draw").onclick = () => pose({ ...pick(data.problems), attempt: "" });
-$("plant").onclick = () => pose(pick(data.planted[$("kind").value]));
+const fresh = (values) => [clear(), pose(values)]; // old answers do not stand under a new problem
+$("first").onclick = () => fresh(data.first);
+$("draw").onclick = () => fresh({ ...pick(data.problems), attempt: "" });
+$("plant").onclick = () => fresh(pick(data.planted[$("kind").value]));
 $("run").onclick = run;
 $("question").oninput = () => ($("right").value = ""); // of another problem nobody knows it
 $("temperature").oninput = ({ target }) => ($("degrees").value = target.value);
-pose({ ...data.planted.misconception[0], attempt: "", note: "" }); // one with a trap
+pose(data.first);

@@ -28,7 +28,7 @@ from model import LM, ModelConfig
 from run.config import DEMO
 from run.loading import load_model
 from show.plan import parameters
-from show.report import METHODS, PLANTED, STYLE, write_page
+from show.report import METHODS, PLANTED, STYLE, check_file, write_page
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
@@ -51,8 +51,7 @@ def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) ->
     "question", "right" (the answer), "attempt" and "note". ValueError or OSError names the
     directory or file that does not do.
     """
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} cannot be written: name a file, in a directory that exists")
+    check_file(out)
     paths = {"base": base} | {name: run / name / "model" for name in ("grpo", "thinktuning")}
     config = common_config(paths)
     problems = load_problems("wordproblems", "test")[:PROBLEMS]
@@ -62,6 +61,7 @@ def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) ->
             "config": vars(config),
             "max_tokens": DEMO["max_tokens"],
             "problems": [{"question": p.question, "right": p.answer} for p in problems],
+            "first": {**planted["misconception"][0], "attempt": "", "note": ""},  # it has a trap
             "planted": planted,
             **stored_tokenizer(base),
             **stored_weights({name: flat(load(path)) for name, path in paths.items()}),
@@ -190,7 +190,8 @@ FIELDS = """<div class="fields">
 <textarea id="question" rows="4" maxlength="600" aria-labelledby="problem" spellcheck="false"
 ></textarea>
 <p class="row"><label>Right answer <input id="right" size="3" inputmode="numeric"></label>
-<button id="draw" type="button">Draw another problem</button></p></section>
+<button id="first" type="button">First problem</button>
+<button id="draw" type="button">Draw another</button></p></section>
 <section aria-labelledby="start"><h2 id="start">Attempt to go on from</h2>
 <textarea id="attempt" rows="4" maxlength="900" aria-labelledby="start" spellcheck="false"
  placeholder="Empty: each model writes its own"></textarea>

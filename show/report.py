@@ -37,6 +37,7 @@ def prepare(args):
     directory = Path(args.runs[0]) if len(args.runs) == 1 else Path()
     out = Path(args.out or directory / "report.html")
     runs, summaries = read_runs(args.runs)
+    check_file(out)
     check_steps(runs)
     text = page(runs, summaries)
 
@@ -45,6 +46,12 @@ def prepare(args):
         print(f"{out}, {len(text.encode()) / 1000:,.0f} kB")
 
     return job
+
+
+def check_file(out: Path) -> None:
+    """Raises ValueError if no page can be written there."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} cannot be written: name a file, in a directory that exists")
 
 
 def write_report(path, live=False) -> None:
@@ -134,7 +141,9 @@ def group_runs(runs) -> list[Group]:
     most = min(120, max(10, MOST_POINTS // max(1, len(alike))))
     every = 1 + max((m["step"] for run in runs for m in run.metrics), default=0) // most
     groups = []
-    for i, members in enumerate(alike.values()):
+    # A method keeps its colour and its dashes, also on a page without the other one.
+    first = 0 if any(run.config.get("method") == "thinktuning" for run in runs) else 1
+    for i, members in enumerate(alike.values(), first):
         name, config = method_of(members[0]), members[0].config
         rivals = [other[0].config for other in alike.values() if method_of(other[0]) == name]
         for key, value in config.items():

@@ -863,6 +863,26 @@ def test_whatever_the_fields_hold_there_is_a_page():
         check_contained(report.page(runs, rng.choice(([], [summary]))))
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [step_metrics(0, 0.5)])
+    for out in (tmp_path, tmp_path / "nowhere" / "report.html"):
+        assert command("report", run, "--out", out) == 2
+        assert f"{out} cannot be written: name a file" in capsys.readouterr().err
+
+
+def test_a_method_keeps_its_colour_on_a_page_without_the_other(tmp_path):
+    paths = {
+        method: make_run(tmp_path / method, [step_metrics(0, 0.5)], method=method)
+        for method in ("grpo", "thinktuning")
+    }
+    styles = lambda *methods: {
+        g.name: g.style for g in report.group_runs(read_runs([paths[m] for m in methods])[0])
+    }
+    both = styles("grpo", "thinktuning")
+    assert both == {"ThinkTuning": "s0", "GRPO": "s1"}
+    assert styles("grpo") | styles("thinktuning") == both
+
+
 def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     run = make_run(tmp_path / "run", [step_metrics(0, 0.5)])
@@ -892,7 +912,7 @@ def test_where_the_page_goes(two_runs, tmp_path, monkeypatch, capsys):
         *two_runs
     )
     assert command("report", *two_runs, "--out", "x.html") == 0 and (tmp_path / "x.html").exists()
-    assert command("report", two_runs[0], "--out", "no/where.html") == 1
+    assert command("report", two_runs[0], "--out", "no/where.html") == 2
     assert "no/where.html" in capsys.readouterr().err
     again = made(*two_runs, two_runs[0], tmp_path)
     assert again == made(*two_runs)  # a run given twice counts once
@@ -972,6 +992,20 @@ def test_the_weight_of_a_token_is_its_share_of_the_loss_s_gradient(advantage, op
     assert unlikely > 3 or advantage > 0
 
 
+def test_transcripts_show_what_teaches_and_different_questions():
+    tokenizer = guided_rollout(1.0)[1]
+    rollouts = []
+    for q, advantages in (("a", (0.0,) * 4), ("b", (2.0, -0.7, -0.7, -0.7)), ("c", (0.5,) * 4)):
+        for advantage in advantages:
+            rollouts.append(Rollout([1], [2, 3], True, question=q, advantage=advantage))
+    rollouts[1].feedback = Feedback("correct", "r", "p")
+    rollouts[9].feedback = Feedback("correct", "r", "p")
+    shown = transcripts(rollouts, tokenizer, 0, LossSettings())
+    assert [(t["question"], t["advantage"]) for t in shown] == [("c", 0.5), ("a", 0.0), ("b", 2.0)]
+    shown = transcripts(rollouts[4:8], tokenizer, 0, LossSettings(), most=5)
+    assert [t["advantage"] for t in shown] == [2.0, -0.7, -0.7, -0.7]
+
+
 def test_other_shapings_have_no_weight_and_unguided_rollouts_no_tokens():
     r, tokenizer = guided_rollout(1.0)
     assert all(
@@ -1024,7 +1058,7 @@ def test_transcripts_keep_the_teacher_s_parts_apart_and_the_page_colours_them():
     facts = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", shown)
     assert facts == [
         ("Right answer", "7"),
-        ("Attempt", "wrong"),
+        ("The student alone", "wrong"),
         ("Reward", "1"),
         ("Advantage", "+1.50"),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect
+from collections import Counter
 from operator import itemgetter
 from typing import Any
 
@@ -30,10 +31,17 @@ SHADES = (0.5, 0.9, 0.99, 1.01)  # limits of w: the darker, the more the student
 def transcripts(
     rollouts: list[Rollout], tokenizer: Tokenizer, step: int, settings: LossSettings, most: int = 3
 ) -> list[dict[str, Any]]:
-    """A few of the step's rollouts as text, those first on which the teacher's reply was parsed."""
-    parsed = [r for r in rollouts if r.feedback is not None][: most - 1]
-    others = [r for r in rollouts if r not in parsed][: most - len(parsed)]
-    return [transcript(r, tokenizer, step, settings) for r in parsed + others]
+    """A few of the step's rollouts as text: those on which the teacher's reply was parsed, others.
+
+    Those that teach most come first, which have the largest |Â|, and of a question one each.
+    """
+    ranked = sorted(rollouts, key=lambda r: -abs(r.advantage))
+    shown = [r for r in ranked if r.feedback is not None][: most - 1]
+    while len(shown) < min(most, len(rollouts)):
+        times = Counter(r.question for r in shown)
+        rest = [r for r in ranked if not any(r is other for other in shown)]
+        shown.append(min(rest, key=lambda r: times[r.question]))
+    return [transcript(r, tokenizer, step, settings) for r in shown]
 
 
 def transcript(
@@ -154,7 +162,7 @@ def article(line: dict) -> str:
     """One rollout: question, attempt, the teacher's opinion, reason and phrase, its reward."""
     facts = {
         "Right answer": shorten(line.get("answer")),
-        "Attempt": "right" if line.get("attempt_right") else "wrong",
+        "The student alone": "right" if line.get("attempt_right") else "wrong",
         "Reward": format_value(number(line, "reward") or 0.0, ""),
         "Advantage": f"{number(line, 'advantage') or 0.0:+.2f}",
     }
