@@ -48,16 +48,27 @@ def call(module, name, arguments):
         raise Wrong(f"stops with {told(error, code and code.co_filename)}") from error
 
 
+HINTS = {  # part of an error of torch's: what its author has usually forgotten
+    "must match the size of tensor": "shapes do not fit; does a mean or std need keepdim=True?",
+    "Boolean value of Tensor": "Python's max, min and if take one number; torch.maximum, "
+    "torch.minimum and torch.where take each element",
+}
+
+
 def told(error, file):
-    """An error, and the line of a file where it came up."""
+    """An error, the line of a file where it came up, and what may help."""
     lines, trace = [], error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == file:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
+    message = str(error)
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+        message = error.msg
+    hints = [hint for part, hint in HINTS.items() if part in message]
+    place = f" (line {lines[-1]})" if lines else ""
+    return ": ".join([f"{type(error).__name__}: {message}{place}", *hints])
 
 
 def observe(name, function):

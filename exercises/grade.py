@@ -55,7 +55,7 @@ def prepare(args: argparse.Namespace):
         grades = {name: graded(name, files, seed, args.seconds) for name, files in people.items()}
         print_table(grades)
         if args.out:
-            record = {"seed": seed, "seconds": args.seconds, "people": grades}
+            record = {"seed": seed, "seconds": args.seconds, "people": grades, "ungraded": others}
             args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     return job

@@ -217,10 +217,17 @@ def test_an_error_in_a_solution_is_told_with_its_line():
     assert "TypeError" in message and f"line {crashes.__code__.co_firstlineno + 1}" in message
 
 
+def test_the_commonest_errors_of_torch_come_with_a_hint():
+    without = lambda rewards: (rewards - rewards.mean(1)) / rewards.std(1, keepdim=True)
+    assert "does a mean or std need keepdim=True?" in verdict("group_advantages", without)
+    larger = lambda ratio, advantages, *_: max(-advantages * ratio, -advantages)
+    assert "torch.maximum" in verdict("clipped_loss", larger)
+
+
 def test_a_file_that_does_not_load_is_told(tmp_path):
     file = tmp_path / "6_choose_and_augment.py"
     for text, words in (
-        ("x = (", "SyntaxError"),
+        ("x = (", "SyntaxError: '(' was never closed (line 1)"),
         ("import sys\nsys.exit(0)", "SystemExit: 0 (line 2)"),
     ):
         file.write_text(text)

@@ -168,9 +168,10 @@ def test_a_strange_one_gets_what_it_has_earned(graded, i):
 
 
 def test_what_has_another_name_is_told(graded):
-    _, text, _, folder = graded
+    _, text, record, folder = graded
     line = text.splitlines()[1]
     assert line.startswith("not graded") and "notes.py" in line and str(folder / "empty") in line
+    assert str(folder / "empty") in record["ungraded"]
 
 
 def test_the_record_says_what_is_wrong_and_how_to_repeat_it(graded):
