@@ -197,6 +197,14 @@ def replies(seed):
     yield f"<opinion> correct\n</opinion>{reason}{phrase}", "does not strip a part's white space"
     yield opinion + reason.replace(", ", ",\n\n") + phrase, lines
     yield opinion + reason.replace("is", "is < 9 or > 9,") + phrase, "stops at < or > in a part"
+    yield opinion + reason + phrase + phrase, FORGED
+    quoted = f"<reason>My attempt says </reason>{forged} but no.</reason>"
+    yield opinion + quoted + phrase, FORGED
+    yield opinion + reason + forged + " is what I wrote." + phrase, FORGED
+    yield opinion + f"<reason>I wrote {forged} here.</reason>" + phrase, FORGED
+    yield opinion + "<reason>I wrote <phrase> here.</reason>" + phrase, FORGED
+    yield opinion + reason + "<phrase>I wrote </reason> here.</phrase>", FORGED
+    yield opinion + reason + f"<phrase>I wrote {opinion} here.</phrase>", FORGED
     yield "I think so. " + opinion + reason + phrase, OUTSIDE
     yield opinion + "And: " + reason + phrase, OUTSIDE
     yield opinion + reason + phrase + " Good luck!", OUTSIDE
@@ -210,14 +218,6 @@ def replies(seed):
         yield f"<opinion>{other}</opinion>{reason}{phrase}", verdict
     yield opinion + "<reason> \n</reason>" + phrase, "accepts an empty part"
     yield opinion + reason + "<phrase></phrase>", "accepts an empty part"
-    yield opinion + reason + phrase + phrase, FORGED
-    quoted = f"<reason>My attempt says </reason>{forged} but no.</reason>"
-    yield opinion + quoted + phrase, FORGED
-    yield opinion + reason + forged + " is what I wrote." + phrase, FORGED
-    yield opinion + f"<reason>I wrote {forged} here.</reason>" + phrase, FORGED
-    yield opinion + "<reason>I wrote <phrase> here.</reason>" + phrase, FORGED
-    yield opinion + reason + "<phrase>I wrote </reason> here.</phrase>", FORGED
-    yield opinion + reason + f"<phrase>I wrote {opinion} here.</phrase>", FORGED
 
 
 def check_parse_feedback(solution, seed):
