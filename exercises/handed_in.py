@@ -537,7 +537,7 @@ HANDED_IN = [
     ("target_logprobs", plain_exponentials, "overflows where logits are large"),
     ("target_logprobs", detached_sum, "has a wrong gradient"),
     ("target_logprobs", lambda *a: -target_logprobs(*a), "gives −log p"),
-    ("parse_feedback", first_match, "First, it accepts words outside the three parts"),
+    ("parse_feedback", first_match, "First, it can be deceived"),
     ("parse_feedback", whole_but_forged, "can be deceived"),
     *(
         (
