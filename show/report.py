@@ -234,7 +234,6 @@ HELD_OUT = (  # score, key, unit
     ("Reflects, sampled, first answer wrong", "sampled_reflection_rate_first_wrong", "%"),
     ("Reflects, sampled, first answer right", "sampled_reflection_rate_first_right", "%"),
     ("Mean length, tokens", "mean_length", ""),
-    ("Accuracy under the teacher prompt", "teacher_prompt_accuracy", "%"),
 )
 
 
@@ -246,7 +245,7 @@ def held_out_table(tested) -> str:
             rows.append([title, *cells])
     several = max((len(group.runs) for group in tested), default=0)
     over = f"{several} demonstrations" if several > 1 else "the problems"
-    caption = f"Held-out problems of the demonstration; ± is the standard error over {over}"
+    caption = f"Test problems of the demonstration; ± is the standard error over {over}"
     content = table(caption, ["score", *(group.name for group in tested)], rows)
     return content if rows else ""
 
@@ -320,8 +319,8 @@ def settings_table(groups) -> str:
 # Charts.
 
 LEARNED = (  # quantity, unit, metric, what to know
-    ("Accuracy on held-out problems", "%", "eval_accuracy", "Greedy, no teacher."),
-    ("Held-out problems that it looks back on", "%", "eval_reflection_rate", "The same responses."),
+    ("Accuracy on validation problems", "%", "eval_accuracy", "Greedy, no teacher."),
+    ("Validation problems it looks back on", "%", "eval_reflection_rate", "The same responses."),
     ("Accuracy of the student’s own samples", "%", "sampled_accuracy", "Before any help."),
     ("Own samples that reflect", "%", "reflection_rate", "Before any help."),
 )

@@ -317,7 +317,7 @@ def test_the_band_of_one_run_is_the_error_that_it_recorded(tmp_path):
         for s in range(20)
     ]
     (line,), (band,), _, dy, dx = chart(
-        made(make_run(tmp_path / "r", metrics)), "Accuracy on held-out problems"
+        made(make_run(tmp_path / "r", metrics)), "Accuracy on validation problems"
     )
     same(line, [(s, 0.4 + s / 100) for s in (4, 9, 14, 19)], dx, dy)
     same(band[:4], [(s, 0.43 + s / 100) for s in (4, 9, 14, 19)], dx, dy)
@@ -668,7 +668,7 @@ def demonstration():
     }
 
 
-HELD_OUT, BASE, PLANTED = "Held-out problems", "The base model", "Planted attempts"
+HELD_OUT, BASE, PLANTED = "Test problems", "The base model", "Planted attempts"
 
 
 def test_a_demonstration_shows_its_planted_attempts_its_teacher_and_its_floor():
