@@ -92,6 +92,7 @@ def test_a_run_measures_every_part_of_a_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LENGTH", 16)
     monkeypatch.setitem(bench.SAMPLING, "max_tokens", 16)
     monkeypatch.setitem(bench.PROMPTS, "tiny", 2)
+    monkeypatch.delitem(bench.PASSES, "compiled")  # it takes longest, and has a test of its own
     threads = torch.get_num_threads()
     path = tmp_path / "bench.json"
     assert (
