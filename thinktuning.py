@@ -4,9 +4,9 @@ ThinkTuning (arXiv 2508.07616) teaches a language model to look back at its own 
 GRPO, a teacher of the same size reads some of the student's attempts and continues them with
 feedback in the student's own voice, and the ordinary group-relative reward decides whether those
 words are learned. This program is the whole method in plain PyTorch, from the model and its KV
-cache to the loss, written to be read line by line beside the paper. In about 100 seconds on one
-CPU core a tiny student learns to find the wrong line in its own work and to go on from there, where
-GRPO on as many rollouts learns nothing; the same code trains Llama, Qwen and SmolLM2 directories.
+cache to the loss, written to be read line by line beside the paper. In two minutes on one CPU core
+a tiny student learns to find the wrong line in its own work and to go on from there, where GRPO on
+as many rollouts learns nothing; the same code trains Llama, Qwen and SmolLM2 directories.
 
     python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
     python thinktuning.py --preset mentor    the novelty test: a habit that is hardly ever sampled
