@@ -135,7 +135,11 @@ GAPS = [
         "accumulate",
         by(check_loss.TOKEN_MEAN),
         check_loss.program_mean,
-        (grpo.mean_loss, (grpo.update, "for batch in", "backward")),
+        (
+            grpo.mean_loss,
+            (grpo.update, "for batch in", "backward"),
+            (grpo.token_losses, "return loss * mask", "return loss * mask"),
+        ),
         "A group has one right rollout of 20 tokens and three wrong ones of 200. Which of them "
         "moves the weights most under the token mean, and which under a mean of rollouts?",
     ),
