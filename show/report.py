@@ -28,6 +28,7 @@ answer."""
 QUICK = " These runs were quick ones: too short to show anything."
 RELOAD = 5  # seconds until a browser reads the page of a run again that has not ended
 LIVE = f" The run has not ended: this page shows it so far, and reloads every {RELOAD} seconds."
+FEW = 10  # steps: after fewer the heading says how many, because that is hardly a result
 MOST_BYTES = 980_000  # of the page; transcripts fill what the charts leave
 MOST_POINTS = 300  # of the lines of a chart together, but no less than 10 of each
 
@@ -207,7 +208,12 @@ def headline(groups: list[Group]) -> str:
         if all(group.series(measure) for group in groups):
             accuracy, what = measure, "held-out problems"
     scores = [(group.name, group.last(accuracy).mean) for group in groups]
-    return best_and_others([score for score in scores if math.isfinite(score[1])], what)
+    scores = [score for score in scores if math.isfinite(score[1])]
+    steps = sorted(len(run.metrics) for group in groups for run in group.runs)
+    after = ""
+    if accuracy != "accuracy" and scores and steps[0] < FEW:  # of runs, not of demonstrations
+        after = "After " + " to ".join(map(str, sorted({steps[0], steps[-1]}))) + " steps: "
+    return after + best_and_others(scores, what)
 
 
 def best_and_others(scores: list[tuple[str, float]], what: str) -> str:

@@ -928,7 +928,7 @@ def test_every_training_run_writes_its_report(tmp_path, capsys):
     places = ["--model", tmp_path / "model", "--out", tmp_path / "run"]
     assert command("train", *places, *flags.split()) == 0
     page = check_contained((tmp_path / "run" / "report.html").read_text())
-    assert page.of("h1") == ["ThinkTuning gets 0% of held-out problems right"]
+    assert page.of("h1") == ["After 2 steps: ThinkTuning gets 0% of held-out problems right"]
 
 
 # Transcripts
