@@ -7,6 +7,7 @@ real models.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -108,8 +109,8 @@ def set_old_results_aside(out):
     old = [out / name for name in names if (out / name).exists()]
     if not old:
         return
-    number = 1 + len(list(out.glob("earlier-*")))
-    aside = out / f"earlier-{number}"
+    places = (out / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(place for place in places if not place.exists())
     aside.mkdir()
     for path in old:
         path.rename(aside / path.name)

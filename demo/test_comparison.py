@@ -3,6 +3,7 @@
 import json
 
 import show.live
+from demo.comparison import set_old_results_aside
 from run.config import DEMO
 from thinktuning import main
 
@@ -60,3 +61,13 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     for name in ("base", "grpo", "thinktuning"):
         # The same to the digit, from the cached base as from the fresh one.
         assert {**again[name], "seconds": 0} == {**summary[name], "seconds": 0}
+
+
+def test_earlier_results_never_land_on_each_other(tmp_path):
+    (tmp_path / "earlier-2").mkdir()  # whoever ran this has deleted the first ones
+    for place in ("earlier-1", "earlier-3"):
+        (tmp_path / "summary.json").write_text(place)
+        set_old_results_aside(tmp_path)
+        assert (tmp_path / place / "summary.json").read_text() == place
+    set_old_results_aside(tmp_path)  # nothing is there to move
+    assert len(list(tmp_path.iterdir())) == 3
