@@ -72,11 +72,13 @@ def prepare_page(args: argparse.Namespace) -> Callable[[], None]:
             "python thinktuning.py has written, such as out/demo-0"
         )
     base = kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
-    planted = {kind: [of_page(one) for one in planted_attempts(kind, PLANTED)] for kind in KINDS}
+    planted = {
+        kind: [of_page(one) for one in planted_attempts(kind, ON_THE_PAGE)] for kind in KINDS
+    }
     return page.prepare(run, Path(args.out or run / "page.html"), base, planted)
 
 
-PLANTED = 40  # attempts of each kind on the page
+ON_THE_PAGE = 40  # planted attempts of each kind
 
 
 def of_page(one: Planted) -> dict[str, str]:

@@ -114,7 +114,7 @@ CLIPPED = Task(
 
 
 def weight(logprobs, advantages, held="all", guards="right", ends="kept", sign=1, log=False):
-    """`held`: which π below the line are sg(π)."""
+    """`held`: which π of the denominator are sg(π)."""
     gamma = 0.001 - 0.002 * (4 - sign * advantages) / 8
     if ends != "free":
         gamma = gamma.clamp(*{"kept": (-0.001, 0.001), "swapped": (0.001, -0.001)}[ends])
@@ -150,7 +150,7 @@ SHAPED = Task(
     lambda logprobs, advantages: grpo.shaped_ratio(logprobs, advantages),
     weight,
     {
-        "detaches nothing. Below the line stands sg(π_θ): π without its gradient, "
+        "detaches nothing. The denominator has sg(π_θ): π without its gradient, "
         "logprobs.detach().exp()": {"held": "none"},
         "lets the gradient run through sg(π) + γ, too; there π is sg(π): detach it": {
             "held": "guards"

@@ -28,7 +28,7 @@ Each of the five has flags of its own: python thinktuning.py train --help
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **about):
-        super().__init__(**about, allow_abbrev=False)  # half a flag is a misspelt one
+        super().__init__(**about, allow_abbrev=False)  # a shortened flag may be a misspelt one
 
     def parse_args(self, argv):
         """As argparse does it, but an unknown flag is reported before one that is missing."""

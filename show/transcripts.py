@@ -31,9 +31,10 @@ SHADES = (0.5, 0.9, 0.99, 1.01)  # limits of w: the darker, the more the student
 def transcripts(
     rollouts: list[Rollout], tokenizer: Tokenizer, step: int, settings: LossSettings, most: int = 3
 ) -> list[dict[str, Any]]:
-    """A few of the step's rollouts as text: those on which the teacher's reply was parsed, others.
+    """A few of the step's rollouts as text: first some whose feedback was parsed, then others.
 
-    Those that teach most come first, which have the largest |Â|, and of a question one each.
+    Rollouts with a large |Â| come before others, because they teach most. The others are of
+    different questions, as far as there are enough.
     """
     ranked = sorted(rollouts, key=lambda r: -abs(r.advantage))
     shown = [r for r in ranked if r.feedback is not None][: most - 1]
