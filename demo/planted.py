@@ -104,7 +104,13 @@ def examine_planted(
     }
 
 
-def outcome(model: LM, tokenizer: Tokenizer, planted: list[Planted], max_tokens: int) -> dict:
+def outcome(
+    model: LM,
+    tokenizer: Tokenizer,
+    planted: list[Planted],
+    max_tokens: int,
+    rows: int | None = None,
+) -> dict:
     """Shares: of attempts after which it reflects, and of right answers in the end; and of these
     reflections, how many name the line and take over the attempt's number.
 
@@ -115,7 +121,7 @@ def outcome(model: LM, tokenizer: Tokenizer, planted: list[Planted], max_tokens:
         prompt = student_prompt(tokenizer, question(one.asked))
         prompts.append(prompt + tokenizer.encode(one.attempt))
     responses = generate(
-        model, prompts, max_tokens=max_tokens, stop=tokenizer.stop, temperature=0.0
+        model, prompts, max_tokens=max_tokens, stop=tokenizer.stop, temperature=0.0, rows=rows
     )
     went_on = named = took_over = correct = 0
     for one, ids in zip(planted, responses):

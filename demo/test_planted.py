@@ -56,7 +56,7 @@ def test_what_a_reflection_names_and_takes_up_is_read_from_its_words():
 def say(replies, end=(TOKENIZER.special["<|end|>"],)):
     """A generate that goes on from each prompt with what `replies` has for it."""
 
-    def generate(model, prompts, *, max_tokens, stop, temperature):
+    def generate(model, prompts, *, max_tokens, stop, temperature, rows):
         return [TOKENIZER.encode(reply) + [*end] for reply in replies]
 
     return generate

@@ -1,12 +1,14 @@
 """Scores on the test stories: python -m examples.smollm2.examine MODEL_DIR ... --out OUT
 
-Prints a line of scores for each model and kind of story, and adds them to OUT/scores.json.
+Prints a line of scores for each model, decoding and kind of story, and one for each kind of planted
+attempt. Adds them to OUT/scores.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,11 @@ from data.prompts import student_prompt
 from data.reward import answers
 from data.scores import reflects, score
 from data.tokenizer import Tokenizer
-from data.wordproblems import Story, counts, problem_of, wrong_day
+from data.wordproblems import DAYS, Story, counts, problem_of, wrong_day
 from demo.comparison import at_first_answer
-from demo.planted import named_day
+from demo.planted import Planted, named_day, outcome
 from examples.smollm2.prepare import MAX_TOKENS
-from examples.smollm2.stories import stories
+from examples.smollm2.stories import attempt, stories
 from model import LM
 from run.cli import positive
 from run.errors import run_command
@@ -33,6 +35,7 @@ from thinktuning import evaluate
 SHOWN = ("accuracy", "accuracy_se", "first_answer_accuracy", "by_the_misconception")
 SHOWN += ("reflection_rate_first_wrong", "reflection_rate_first_right", "names_day")
 SHOWN += ("goes_on_wrong", "goes_on_right", "wrong_to_right", "right_to_wrong")
+SHOWN += ("goes_on", "names_line", "takes_over")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", metavar="MODEL_DIR", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--count", type=positive, help="only the first so many problems")
+    parser.add_argument("--samples", type=positive, default=1, help="sampled responses to each")
     return run_command(prepare, parser.parse_args(argv))
 
 
@@ -53,27 +57,33 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
         file = args.out / "scores.json"
         results = json.loads(file.read_text()) if file.exists() else {}
         for path, (model, tokenizer) in models.items():
-            results[path] = examine(model, tokenizer, args.count)
+            results[path] = examine(model, tokenizer, args.count, args.samples)
             write_json(file, results)
             print(path)
             for how, scores in results[path].items():
-                shown = [f"{key} {scores[key]:.3f}" for key in SHOWN if key in scores]
+                shown = [f"{key} {scores[key]:.3f}" for key in SHOWN if scores.get(key) is not None]
                 print(f"  {how}: {', '.join(shown)}")
 
     return job
 
 
-def examine(model: LM, tokenizer: Tokenizer, count: int | None = None) -> dict:
-    """Scores by how the responses were decoded, and by whether the story has a friend in it."""
+def examine(
+    model: LM, tokenizer: Tokenizer, count: int | None = None, samples: int = 1
+) -> dict[str, dict]:
+    """Scores by how the responses were decoded, and by whether the story has a friend in it.
+
+    And what becomes of each kind of planted attempt (demo.planted.outcome).
+    """
     told = stories("test")
     problems = [problem_of(story) for story in told.values()][:count]
     results = {}
-    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+    for how, temperature, n in (("greedy", 0.0, 1), ("sampled", 1.0, samples)):
         _, records = evaluate(
             model,
             tokenizer,
             problems,
             max_tokens=MAX_TOKENS,
+            samples=n,
             temperature=temperature,
             rows=64,
         )
@@ -84,7 +94,39 @@ def examine(model: LM, tokenizer: Tokenizer, count: int | None = None) -> dict:
         results[how] = scores_of(records, told)
         if temperature == 0:
             results[how] |= floors(model, tokenizer, records[:50])
+    for kind, planted in planted_attempts(list(told.values())).items():
+        shares = outcome(model, tokenizer, planted[:count], MAX_TOKENS, rows=64)
+        results[f"planted, {kind}"] = shares
     return results
+
+
+def planted_attempts(told: list[Story]) -> dict[str, list[Planted]]:
+    """Attempts that the model is given as its own, by kind: which of them does it mend?
+
+    A model that only reads the question treats the first two kinds alike: the questions are the
+    same ones.
+    """
+    rng = random.Random("planted")
+    plain = [story for story in told if story.trap is None]
+    planted: dict[str, list[Planted]] = {
+        "misconception": [],
+        "right": [],
+        "wrong sum": [],
+        "another story’s misconception": [],
+    }
+    for story in told:
+        if story.trap is None:
+            day = rng.randrange(len(story.days))
+            slipped = attempt(story, slip=day, by=rng.choice((-2, -1, 1, 2)))
+            planted["wrong sum"].append(Planted(story, slipped.text, DAYS[day], counts(story)[day]))
+            continue
+        before = counts(story)[story.trap]
+        mistaken = Planted(story, attempt(story, mistaken=True).text, DAYS[story.trap], before)
+        planted["misconception"].append(mistaken)
+        planted["right"].append(Planted(story, attempt(story).text, None, None))
+        other = rng.choice([one for one in plain if len(one.days) == len(story.days)])
+        planted["another story’s misconception"].append(mistaken._replace(asked=other))
+    return planted
 
 
 @torch.no_grad()

@@ -42,11 +42,13 @@ def test_the_commands_of_the_readme_on_a_random_model(random_model, tmp_path, mo
     flags += ["--questions", 2, "--samples", 2, "--max-tokens", 30, "--teacher-reply", 30]
     assert main(["train", *map(str, flags)]) == 0
     models = [str(out / name) for name in ("student", "thinktuning/model")]
-    assert examine.main([*models, "--out", str(out), "--count", "10"]) == 0
+    assert examine.main([*models, "--out", str(out), "--count", "10", "--samples", "2"]) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert scores.keys() == set(models)
     for found in scores.values():
         assert found["greedy"]["responses"] == 10 and 0 < found["greedy"]["goes_on"] <= 1
+        assert found["sampled"]["responses"] == 20
+        assert found["planted, right"]["attempts"] == 10
     assert f"{models[1]}\n  greedy, with a friend: accuracy" in capsys.readouterr().out
 
 
@@ -99,3 +101,20 @@ def test_the_student_reads_no_friend_and_no_second_answer():
 def test_no_story_is_in_two_splits():
     found = [set(stories(split)) for split in ("train", "validation", "test")]
     assert sum(map(len, found)) == len(set.union(*found))
+
+
+def test_planted_attempts_are_what_their_kinds_say():
+    told = stories("test")
+    planted = examine.planted_attempts(list(told.values()))
+    assert len(planted["misconception"]) == len(planted["right"]) == 200
+    assert len(planted["wrong sum"]) == 100
+    for kind, some in planted.items():
+        for one in some:
+            truth = str(counts(one.asked)[-1])
+            assert wrong_day(one.asked, one.attempt) == one.line or "another" in kind
+            assert (final_answer(one.attempt) == truth) == (kind == "right") or "another" in kind
+            assert ("friend" in question(one.asked)) == (kind in ("misconception", "right"))
+    pairs = zip(planted["misconception"], planted["another story’s misconception"], strict=True)
+    for own, other in pairs:
+        assert own.attempt == other.attempt and own.asked != other.asked
+        assert len(own.asked.days) == len(other.asked.days)
