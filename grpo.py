@@ -9,7 +9,6 @@ In this order: advantages, loss, update, log-probabilities.
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from model import LM
-from run.batches import SharedPrompts, checked, collate, micro_batches
+from run.batches import SharedPrompts, checked, collate, mean_metrics, micro_batches
+from run.config import check_choices
 from run.head import HeadLogprobs, gradient_buffer, slice_size
 from run.optimizer import MasterAdamW as MasterAdamW  # what `update` is given for bfloat16 weights
 from run.world import World, full
@@ -29,13 +29,13 @@ Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values, and the tokens it
 class Rollout:
     """A response with its prompt; the fields are filled in as it travels through a step.
 
-    The teacher is *asked* about some rollouts. Those whose reply follows the format are *parsed*,
-    and those of them that its words were then appended to are *guided*.
+    asked: the teacher read it. parsed: the reply followed the format. guided: the teacher's words
+    were appended.
     """
 
     # From sampling.
     prompt: list[int]
-    response: list[int]  # o_i; where guided, ô_i
+    response: list[int]  # o_i, or ô_i where guided
     finished: bool  # exactly one stop token, at the end
     question: str = ""
     answer: str = ""
@@ -57,7 +57,7 @@ class LossSettings:
     """What the loss and the update of a step depend on."""
 
     clip: float = 0.2  # ε
-    clip_high: float = 0.0  # ε above 1, if it is another one: clip-higher, of DAPO
+    clip_high: float = 0.0  # upper ε: ρ is clipped at 1 + clip_high (DAPO); 0: as `clip`
     ratio: str = "token"  # or "response": ρ of a whole response, of GSPO
     dual_clip: float | None = 3.0  # c, bounds the loss where Â < 0; None: it has no bound
     unlikely: float = 0.01  # guard (c): bad tokens below this π are ordinary
@@ -69,12 +69,15 @@ class LossSettings:
     kl_coef: float = 0.0  # weight of KL(π_θ ‖ π_ref)
     guided_tokens: str = "guidance"  # or "trajectory": the attempt before it, too
     loss_mean: str = "token"  # over tokens, or "response" or "constant": see mean_loss
-    max_tokens: int = 1024  # L, the constant of the last one
+    max_tokens: int = 1024  # L, the divisor of loss_mean="constant"
     max_grad_norm: float = 1.0
     micro_batch: int = 16384  # tokens a forward pass, padding counted; changes no result
     temperature: float = 1.0  # π = softmax(z / temperature), as it was sampled
     published_gamma: bool = False  # γ is γ_max whatever Â is
     published_dual_clip: bool = False  # no dual clip where no rollout is guided
+
+    def __post_init__(self) -> None:
+        check_choices(self)  # raises ValueError
 
 
 def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
@@ -83,7 +86,7 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
     A group whose rewards are all equal gets zeros: it carries no signal.
     Other kinds: "centred" leaves the std out (Dr. GRPO); "leave-one-out" subtracts the mean of the
     other rollouts (RLOO).
-    Raises ValueError for anything but a matrix of finite numbers.
+    Raises ValueError for another kind, and for anything but a matrix of finite numbers.
     """
     shape = tuple(rewards.shape)
     if len(shape) != 2 or not rewards.isfinite().all():
@@ -93,11 +96,14 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     # Â_i = (r_i − mean r) / (std r + 1e-6)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
-    if kind == "centred":
+    if kind == "z-score":
+        advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)  # std uses n-1
+    elif kind == "centred":
         advantages = centred
     elif kind == "leave-one-out":
         advantages = centred * shape[1] / (shape[1] - 1)  # = r_i − mean of the others
+    else:
+        raise ValueError(f"advantages are z-score, centred or leave-one-out, not {kind!r}")
     return advantages.masked_fill(equal, 0.0)  # a mean is rounded, and 1e-6 blows the rest up
 
 
@@ -112,7 +118,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The mean of token_losses (mean_loss), and metrics, which are 0 over no tokens.
 
-    options: fields of LossSettings. Training goes through `update` instead.
+    options: fields of LossSettings, of which those that only `update` reads change nothing here:
+    published_dual_clip, guided_tokens, temperature, micro_batch, max_grad_norm.
     """
     guided = torch.zeros_like(mask) if guided is None else guided
     batch = logprobs, old_logprobs, advantages, mask, guided
@@ -139,13 +146,14 @@ def token_losses(
     logprobs (log π_θ), old_logprobs, mask, guided, ref_logprobs: (B, T-1); advantages: (B, T-1) or
     (B, 1). Raises ValueError if they do not fit together, or if a KL term has no ref_logprobs.
     """
-    logprobs, old_logprobs, advantages, mask = checked(logprobs, old_logprobs, advantages, mask)
+    batch = checked(logprobs, old_logprobs, advantages, mask, guided, ref_logprobs)
+    logprobs, old_logprobs, advantages, mask = batch
     guided = guided.bool() & mask
     pi = logprobs.detach().exp()  # sg(π_θ)
     # Shaped tokens: guided, and not set aside by guard (c). All others have PPO's loss.
     shaped = torch.zeros_like(guided)
     if settings.shaping != "ratio":
-        shaped = guided & ~too_unlikely_to_push_down(advantages, pi, settings.unlikely)
+        shaped = guided & ~guard_c(advantages, pi, settings.unlikely)
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.clamp(-20, 20).exp()  # ρ; e^20 is beyond any clip and far from overflow
     kl_old = ratio - 1 - log_ratio  # k3 estimate of KL(π_old ‖ π_θ)
@@ -162,7 +170,7 @@ def token_losses(
     if settings.kl_coef:
         loss = loss + settings.kl_coef * kl_to_reference(logprobs, ref_logprobs, mask)
     measured = {
-        "kl_old": (kl_old, mask),
+        "kl_old": (kl_old, mask & ~guided),  # π_old did not draw guided tokens
         "clip_fraction": (clipped & ~shaped, mask),
         "dual_clip_fraction": (dual_clipped & ~shaped, mask),
         "guided_share": (guided, mask),
@@ -250,26 +258,26 @@ def shaping_coefficient(
     return gamma.clamp(min(gamma_min, gamma_max), max(gamma_min, gamma_max))
 
 
-def too_unlikely_to_push_down(advantages: Tensor, pi: Tensor, unlikely: float) -> Tensor:
-    """Guard (c), bool (B, T-1): Â < 0 and π < `unlikely`.
+def guard_c(advantages: Tensor, pi: Tensor, unlikely: float) -> Tensor:
+    """Where a guided token counts as ordinary, bool (B, T-1): Â < 0 and π < `unlikely`.
 
-    Such guided tokens are treated as ordinary, because AAS has no clip to end a push.
+    PPO's loss pushes it down until the clip ends the push. AAS has no clip.
     """
     return (advantages < 0) & (pi < unlikely)
 
 
 def mean_loss(
-    losses: Tensor, mask: Tensor, tokens: int, rollouts: int, settings: LossSettings
+    losses: Tensor, mask: Tensor, n_tokens: int, n_rollouts: int, settings: LossSettings
 ) -> Tensor:
-    """These rows' part of the mean over a mini-batch of so many tokens and rollouts.
+    """What these rows, (B, T-1), add to the mean loss of their mini-batch of n_rollouts.
 
-    losses, mask: (B, T-1). The method's mean is that over all tokens.
+    The method's mean is that over all its n_tokens tokens.
     """
     if settings.loss_mean == "response":  # GRPO in DeepSeekMath: of each response, then of all
-        return (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / max(1, rollouts)
+        return (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / max(1, n_rollouts)
     if settings.loss_mean == "constant":  # Dr. GRPO: by a length that no response can change
-        return losses.sum() / (max(1, rollouts) * settings.max_tokens)
-    return losses.sum() / max(1, tokens)  # token mean: Σ ℓ / tokens of the mini-batch
+        return losses.sum() / (max(1, n_rollouts) * settings.max_tokens)
+    return losses.sum() / max(1, n_tokens)  # token mean: Σ ℓ / tokens of the mini-batch
 
 
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
@@ -290,11 +298,12 @@ def update(
     world: World = World(),
     **changes: Any,
 ) -> dict[str, float]:
-    """One optimizer step on a mini-batch; returns its metrics, means over the tokens computed.
+    """One optimizer step on a mini-batch; returns its loss, and means over the tokens computed.
 
     `rollouts` are this process's part of it; `changes` are fields of `settings`. Without a KL term
-    rollouts with Â = 0 are not computed, but their tokens count in the mean loss. A gradient that
-    is not finite is not applied: metrics["skipped"] is then 1.
+    rollouts with Â = 0 are not computed, but their tokens count in the mean loss. Where no rollout
+    has a loss there is no step: no weight decay, no momentum. A gradient that is not finite is not
+    applied: metrics["skipped"] is then 1.
     """
     settings = replace(settings or LossSettings(), **changes)
     # `train` has filled in log π_old for the whole step; a caller with one mini-batch need not.
@@ -314,12 +323,12 @@ def update(
     batches += [[NOTHING]] * (passes - len(batches))
     # The gradient: each pass adds its part.
     optimizer.zero_grad(set_to_none=True)
-    sums = []  # (metric, sum, over how many tokens) of each pass
+    loss, sums = 0.0, []  # of each pass (metric, sum, over how many tokens)
     with gradient_buffer(model, optimizer, world) as head_grad:
         for batch in batches:
-            losses, measured = batch_losses(model, batch, settings, reference, head_grad)
-            _, mask = measured["loss"]
+            losses, mask, measured = batch_losses(model, batch, settings, reference, head_grad)
             mean = mean_loss(losses, mask, total, count, settings)
+            loss += mean.item()
             (mean * world.size).backward()  # FSDP takes the mean over the processes
             for name, (values, where) in measured.items():
                 sums.append((name, (values * where).sum().item(), int(where.sum())))
@@ -330,7 +339,7 @@ def update(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # The metrics of all processes.
-    metrics = mean_metrics(world.gather(sums), total)
+    metrics = {"loss": sum(world.gather([loss])), **mean_metrics(world.gather(sums))}
     skipped = float(not math.isfinite(norm))
     share = sum(world.gather([len(r.response) for r in active])) / total
     return metrics | {"grad_norm": norm, "skipped": skipped, "active_share": share}
@@ -345,8 +354,8 @@ def batch_losses(
     settings: LossSettings,
     reference: LM | None,
     head_grad: Tensor | None,
-) -> tuple[Tensor, Measured]:
-    """One forward pass: ℓ of every token of a micro-batch, (B, T-1), and what was measured."""
+) -> tuple[Tensor, Tensor, Measured]:
+    """One forward pass over a micro-batch: ℓ of every token and the mask, (B, T-1), and metrics."""
     batch = collate(rollouts, settings.guided_tokens, model.device)
     tokens, mask, guided, old_logprobs, advantages = batch
     # One policy everywhere: π_θ, π_old, π_ref and the entropy have the same temperature.
@@ -363,7 +372,7 @@ def batch_losses(
     losses, measured = token_losses(
         logprobs, old_logprobs, advantages, mask, guided, settings, ref_logprobs
     )
-    return losses, measured | {"entropy": (entropy, mask), "loss": (losses.detach(), mask)}
+    return losses, mask, measured | {"entropy": (entropy, mask)}
 
 
 @torch.no_grad()
@@ -385,17 +394,6 @@ def snapshot(
         n, known = len(r.response), len(r.old_logprobs or ())
         if n != known:
             raise ValueError(f"a rollout has {n} tokens and {known} log-probabilities of π_old")
-
-
-def mean_metrics(sums: list[tuple[str, float, int]], total: int) -> dict[str, float]:
-    """Means by metric, from (metric, sum, number of tokens) of each pass; none over no tokens."""
-    means = {"loss": 0.0}
-    counts: dict[str, int] = defaultdict(int)
-    for name, value, tokens in sums:
-        means[name] = means.get(name, 0.0) + value
-        counts[name] += tokens
-    counts["loss"] = total  # with those that were not computed
-    return {name: value / counts[name] for name, value in means.items() if counts[name]}
 
 
 def token_logprobs(
@@ -430,7 +428,8 @@ def logprobs_at(
 ) -> tuple[Tensor, Tensor]:
     """log p of the next token and the entropy at positions `at` of the flattened (B, T-1): (N,).
 
-    options: see HeadLogprobs. It compiles as one graph each way, a handful for all B, T and N.
+    options: size, head_grad, temperature of HeadLogprobs. torch.compile makes one graph of the
+    forward pass and one of the backward pass.
     """
     if shared:
         states = model.hidden(shared.tokens, shared)[0, shared.predicting]

@@ -78,7 +78,7 @@ class LM(nn.Module):
         return logits
 
     def hidden(self, tokens: Tensor, cache: KVCache | Any = None) -> Tensor:
-        """The states before the output head: (B, T) -> (B, T, D). cache: or a SharedPrompts."""
+        """The states before the head: (B, T) -> (B, T, D). `cache`: a KVCache or SharedPrompts."""
         B, T = tokens.shape
         x = self.embed(tokens)
         if cache is None:
@@ -380,7 +380,7 @@ class KVCache:
         self.longest = max(self.longest, n)
 
     def drop(self, done: Tensor) -> Tensor:
-        """Of the first B rows forget those marked in `done` (B,); the old row of each one kept.
+        """Forget the rows marked in `done` (B,); returns for each row kept its old number.
 
         The last rows move into the gaps: a finished row costs one copy, and the others stay.
         """

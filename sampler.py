@@ -21,7 +21,7 @@ from torch import Tensor
 from model import LM, KVCache
 
 SHARE_FROM = 32  # fewer shared tokens are computed sooner with each prompt than in their own pass
-BLOCK = {"cuda": 16}  # steps between two looks which rows have ended: a look waits for the GPU
+BLOCK = {"cuda": 16}  # steps between two checks of which rows have ended: a check waits for the GPU
 PREFILL = 1 << 14  # tokens of prompts, with padding, computed in one pass: bounds its memory
 WINDOW = 512  # in a block, steps read a multiple of this many positions: few shapes to compile
 

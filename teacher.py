@@ -1,9 +1,9 @@
 """The teacher: who gets help and until when, asking, parsing, augmenting.
 
 The teacher is any language model of the student's size, usually the student's own initial weights,
-frozen. It reads the question and the student's attempt, never the gold answer, and its words earn
-what they earn in the same reward. Student and teacher exchange text, never ids, so their tokenizers
-may differ.
+frozen. It reads the question and the student's attempt, never the gold answer. The same reward
+decides about its words as about the student's. Student and teacher exchange text, never ids, so
+their tokenizers may differ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def guidance_fraction(
     minimum: float = 0.01,  # p_min
     eps: float = 0.05,
 ) -> float:
-    """p_s, the share to be helped at `step` (from 0), rounded down, but at least one of a group.
+    """p_s: the share of a group's finished rollouts to be helped at `step`, which counts from 0.
 
     It falls from `initial` to `minimum` over the first third of the steps, and is 0.0 once the
     teacher is off. No shape rises while minimum <= initial (Config checks this), so a teacher that
@@ -148,7 +148,7 @@ class Teacher:
         self.prefix, _ = prefill(self.model, [self.prefix_ids])
 
     def more_room(self) -> str:
-        """What makes room for the exemplars; `ask` has no flag and gives the teacher all room."""
+        """What makes room for the exemplars. The command `ask` needs no flag: it gives all room."""
         needed, context = len(self.prefix_ids), self.model.config.max_seq_len
         if needed < context - self.max_tokens:
             return f"raise --teacher-prompt well above {needed}"
@@ -261,20 +261,20 @@ def parse_feedback(text: str) -> Feedback | None:
 
 
 def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_tokens: int) -> bool:
-    """Put ô_i in the place of o_i: the attempt, a blank line, the reason, a blank line, the phrase.
+    """Put ô_i in the place of o_i: o_i, a blank line, the reason, a blank line, the phrase.
 
     `tokenizer` is the student's. The ids that it sampled are kept, and the text becomes what all
     the ids spell, because the reward must read what is trained. Nothing changes, and False comes
     back, where ô_i is longer than max_tokens, or where the guidance holds a stop token: the
     response would end there.
     """
-    attempt, end = rollout.response[:-1], rollout.response[-1:]  # o_i, its end token
+    own, end = rollout.response[:-1], rollout.response[-1:]  # o_i without its end token, and that
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
     added = tokenizer.encode(guidance)
-    augmented = attempt + added + end  # ô_i = o_i ⊕ reason ⊕ phrase ⊕ end token
+    augmented = own + added + end  # ô_i
     if len(augmented) > max_tokens or not tokenizer.stop.isdisjoint(added):
         return False
-    rollout.response, rollout.guided_from = augmented, len(attempt)  # the end token is guided too
+    rollout.response, rollout.guided_from = augmented, len(own)  # the end token is guided too
     rollout.old_logprobs = None  # π_old of the teacher's words is not known yet
     rollout.text = tokenizer.decode(augmented[:-1])
     return True

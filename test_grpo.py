@@ -21,12 +21,12 @@ from grpo import (
     Rollout,
     collate,
     group_advantages,
+    guard_c,
     policy_loss,
     shaped_ratio,
     shaping_coefficient,
     snapshot,
     token_logprobs,
-    too_unlikely_to_push_down,
     update,
 )
 from model import LM, ModelConfig
@@ -285,7 +285,7 @@ def test_metrics_are_means_over_the_tokens_they_name(batch):
     ordinary = [(math.exp(p - o), x) for p, o, x, g in tokens if not is_shaped(p, x, g)]
     guided_ones = [(math.exp(p), x) for p, _, x, g in tokens if g]
     shaped = [(math.exp(p), x) for p, _, x, g in tokens if is_shaped(p, x, g)]
-    ratios = [p - o for p, o, _, _ in tokens]
+    ratios = [p - o for p, o, _, g in tokens if not g]  # π_old did not draw the guided ones
     outside = [(x > 0 and rho > 1.2) or (x < 0 and rho < 0.8) for rho, x in ordinary]
     mean = lambda values: sum(values) / max(1, len(values))
     assert metrics["kl_old"] == pytest.approx(
@@ -349,7 +349,7 @@ def test_an_unlikely_guided_token_of_a_bad_rollout_is_ordinary():
 
 def test_guard_c_is_for_bad_rollouts_and_probabilities_below_the_bound():
     pi, advantages = torch.tensor([[0.009, 0.01, 0.5]]), torch.tensor([[-1.0], [0.0], [1.0]])
-    found = too_unlikely_to_push_down(advantages, pi, 0.01)
+    found = guard_c(advantages, pi, 0.01)
     assert found.tolist() == [[True, False, False], [False] * 3, [False] * 3]
 
 
@@ -629,11 +629,12 @@ def applied_gradient(model, rollouts, **options):
 
 
 def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.0, weights=None):
-    """Each rollout by itself; token losses by the reference; the mean over all response tokens.
+    """The gradient and the loss, the mean over all response tokens.
 
-    weights: of a token of each rollout, where it is another mean.
+    Each rollout is computed by itself, each token's loss by the reference. weights: of a token of
+    each rollout, where it is another mean.
     """
-    model = copy.deepcopy(model)
+    model, loss = copy.deepcopy(model), 0.0
     total = sum(len(r.response) for r in rollouts)
     for r, weight in zip(rollouts, weights or [1 / total] * len(rollouts)):
         ids = r.prompt + r.response
@@ -644,9 +645,10 @@ def reference_gradient(model, rollouts, guided_tokens="guidance", temperature=1.
             guided = r.guided_from is not None and (
                 t >= r.guided_from or guided_tokens == "trajectory"
             )
-            _, slope = reference_token(here.item(), r.old_logprobs[t], r.advantage, guided)
+            value, slope = reference_token(here.item(), r.old_logprobs[t], r.advantage, guided)
+            loss += value * weight
             (here * slope * weight).backward(retain_graph=True)
-    return [p.grad for p in model.parameters()]
+    return [p.grad for p in model.parameters()], loss
 
 
 def assert_same(found, expected):
@@ -664,8 +666,10 @@ def test_the_gradient_is_the_token_mean_over_the_mini_batch_whatever_the_micro_b
     model = tiny_model(tie_embeddings=tied)
     rollouts = ragged_rollouts(model)
     options = dict(guided_tokens=guided_tokens, temperature=temperature)
-    found, _ = applied_gradient(model, rollouts, micro_batch=micro_batch, **options)
-    assert_same(found, reference_gradient(model, rollouts, **options))
+    found, metrics = applied_gradient(model, rollouts, micro_batch=micro_batch, **options)
+    expected, loss = reference_gradient(model, rollouts, **options)
+    assert_same(found, expected)
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
 
 
 # ------------------------------------------------------------------ variants from the literature
@@ -737,8 +741,10 @@ def test_other_means_weigh_a_token_as_they_say_whatever_the_micro_batch(mean, mi
     if mean == "response":
         weights = [1 / (len(rollouts) * len(r.response)) for r in rollouts]
     options = dict(loss_mean=mean, max_tokens=20, micro_batch=micro_batch)
-    found, _ = applied_gradient(model, rollouts, **options)
-    assert_same(found, reference_gradient(model, rollouts, weights=weights))
+    found, metrics = applied_gradient(model, rollouts, **options)
+    expected, loss = reference_gradient(model, rollouts, weights=weights)
+    assert_same(found, expected)
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)  # what is reported is what is trained
     assert applied_gradient(model, [NOTHING], **options)[1]["loss"] == 0  # not NaN
 
 
@@ -1175,3 +1181,25 @@ def test_recomputing_activations_changes_no_gradient():
     assert len(calls) == 2 and all(
         torch.equal(a, b) for a, b in zip(kept, again)
     )  # the block ran twice
+
+
+def test_a_choice_that_does_not_exist_is_refused():
+    with pytest.raises(
+        ValueError, match="shaping must be one of aas, ratio, likelihood, not 'AAS'"
+    ):
+        LossSettings(shaping="AAS")
+    for name in ("ratio", "loss_mean", "guided_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            LossSettings(**{name: "tokens"})
+    with pytest.raises(ValueError, match="not 'centered'"):
+        group_advantages(torch.tensor([[0.0, 1.0]]), "centered")
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "guided", "ref_logprobs"])
+def test_every_tensor_of_a_loss_must_have_its_shape(name):
+    batch = dict.fromkeys(("logprobs", "old_logprobs", "ref_logprobs"), torch.zeros(2, 3))
+    batch |= {"mask": torch.ones(2, 3, dtype=bool), "guided": torch.zeros(2, 3, dtype=bool)}
+    batch["advantages"] = torch.ones(2, 1)
+    policy_loss(**batch, kl_coef=0.1)
+    with pytest.raises(ValueError, match="do not fit together"):
+        policy_loss(**{**batch, name: batch[name][:, :1]}, kl_coef=0.1)

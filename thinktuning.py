@@ -1,12 +1,8 @@
 """ThinkTuning from scratch: the training loop, evaluation, and the commands.
 
-ThinkTuning (arXiv 2508.07616) teaches a language model to look back at its own answers: inside
-GRPO, a teacher of the same size reads some of the student's attempts and continues them with
-feedback in the student's own voice, and the ordinary group-relative reward decides whether those
-words are learned. This program is the whole method in plain PyTorch, from the model and its KV
-cache to the loss, written to be read line by line beside the paper. In two minutes on one CPU core
-a tiny student learns to find the wrong line in its own work and to go on from there, where GRPO on
-as many rollouts learns nothing; the same code trains Llama, Qwen and SmolLM2 directories.
+ThinkTuning (arXiv 2508.07616) is GRPO with a teacher. It reads some of the student's rollouts and
+continues them with feedback in the student's own voice. The reward decides whether the student
+learns these words.
 
     python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
     python thinktuning.py --preset mentor    the novelty test: a habit that is hardly ever sampled
@@ -105,16 +101,17 @@ def train(
         policy = loop.policy
         # 1. Rollouts: sample o_1 … o_G ~ π_old(· | q) for each question q.
         rollouts = sample_rollouts(policy, tokenizer, questions, config, loop.generator(step))
-        # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts.
+        # 2. Who gets help: k = max(1, ⌊n·p_s⌋) of each question's n finished rollouts; none once
+        #    p_s = 0.
         p_s = share_of_help(step, config) if teacher else 0.0
         chosen = choose_rollouts(rollouts, config.samples, p_s, config.seed, step)
-        # 3. Ask the teacher T: it reads the question q and the attempt o_i, never the answer y.
+        # 3. Ask the teacher: it reads the question q and the attempt o_i, never the answer y.
         replies = teacher.ask_about(chosen) if teacher else []
         for rollout, reply in zip(chosen, replies):
-            # 4. Parse strictly: T's opinion, reason and phrase on o_i, or no feedback at all.
+            # 4. Parse strictly: opinion, reason and phrase on o_i, or no feedback at all.
             rollout.feedback = feedback = parse_feedback(reply)
-            # 5. Augment: ô_i = o_i ⊕ reason ⊕ phrase takes the place of o_i in its group. Where
-            #    ô_i would be longer than L tokens, o_i stays.
+            # 5. Augment: ô_i = o_i without its end token ⊕ reason ⊕ phrase ⊕ end token takes the
+            #    place of o_i in its group. Where ô_i would be longer than L tokens, o_i stays.
             if feedback:
                 augment(rollout, feedback, tokenizer, config.max_tokens)
         # 6. Reward: r_i = 1 if the response finished and its last answer equals y, else 0.
@@ -124,10 +121,11 @@ def train(
         set_advantages(rollouts, config.samples, config.advantages)
         # 8. Update: first log π_old, before the first mini-batch moves the student. Only augmented
         #    rollouts still lack it.
-        snapshot(policy, rollouts, config.micro_batch, config.temperature)
-        #    Then AdamW steps, one for each mini-batch of each epoch, on the token mean of ℓ; the
-        #    gradient's norm is clipped. ℓ = −Â·w on guided tokens, unless guard (c) makes them
-        #    ordinary; on ordinary ones it is PPO's: ρ = π_θ/π_old clipped, dual clip where Â < 0.
+        snapshot(policy, rollouts, settings.micro_batch, settings.temperature)
+        #    Then AdamW steps, one for each mini-batch of each epoch (none where every Â is 0), on
+        #    the token mean of ℓ; the gradient's norm is clipped. ℓ = −Â·w on guided tokens, unless
+        #    guard (c) makes them ordinary; on ordinary ones it is PPO's: ρ = π_θ/π_old clipped,
+        #    dual clip where Â < 0.
         updates = []
         for batch in loop.mini_batches(rollouts):
             metrics = update(
@@ -160,12 +158,12 @@ def sample_rollouts(
     )
     rollouts = []
     for i, (ids, known) in enumerate(zip(responses, logprobs)):
-        place = i // config.samples  # each question's G responses stand side by side
-        question, answer = questions[place]
+        q = i // config.samples  # each question's G responses stand side by side
+        question, answer = questions[q]
         text = spoken(tokenizer, ids)
         rollouts.append(
             Rollout(
-                prompts[place],
+                prompts[q],
                 ids,  # o_i
                 finished=ids[-1] in tokenizer.stop,
                 question=question,
@@ -201,6 +199,7 @@ def loss_settings(config: Config) -> LossSettings:
     repeated = config.published_items
     return replace(
         settings,
+        micro_batch=config.micro_batch or LossSettings.micro_batch,  # 0: nobody has chosen one
         published_gamma="gamma" in repeated,  # γ is the same whatever Â is
         published_dual_clip="dual-clip" in repeated,  # no c where no rollout is guided
         guided_tokens="trajectory" if "trajectory" in repeated else config.guided_tokens,

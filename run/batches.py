@@ -7,8 +7,9 @@ it need not go through the model G times. The linear layers, which are nearly al
 the tokens of the prompts and then those of the responses; only attention takes them apart again.
 Elsewhere this is called a shared-prefix forward pass (Prefix Grouper, arXiv 2506.05433).
 
-Shapes: Q different prompts of at most P tokens; B rollouts of at most T tokens that are read behind
-the prompt; N tokens in all; H query heads, K key/value heads, E head width.
+Shapes: B rollouts; Q different prompts of at most P tokens; N tokens in all; H query heads, K
+key/value heads, E head width. T tokens of the longest row: prompt and response in `collate`, the
+response in `micro_batches`, the response without its last token in `SharedPrompts`.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class Row(Tokens, Protocol):
 
 
 def micro_batches(rollouts: Sequence[R], size: int) -> list[list[R]]:
-    """Sort, and cut into batches of at most `size` tokens: different prompts, and responses.
+    """Sort, and cut into batches of at most `size` tokens; each different prompt counts once.
 
-    Padding is counted. A batch has one rollout at least. Of all cuts of the sorted rollouts this is
-    the cheapest, where a batch costs its tokens, and size / 16 for being one more pass.
+    Padding is counted, too. A batch has one rollout at least. Of all cuts of the sorted rollouts
+    this is the cheapest, where a batch costs its tokens, and size / 16 for being one more pass.
     """
     longest: dict[tuple[int, ...], int] = defaultdict(int)  # response of each prompt
     for r in rollouts:
@@ -96,19 +97,37 @@ def collate(
 
 
 def checked(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *others: Tensor | None,
 ) -> list[Tensor]:
-    """The same, (B, T-1) each, in float32 at least and 0 outside the mask; or a ValueError."""
+    """The first four, (B, T-1) each, in float32 at least and 0 outside the mask.
+
+    Raises ValueError if they and `others`, (B, T-1) if given, do not fit together.
+    """
     tensors = [logprobs, old_logprobs, advantages]
-    shapes = [tuple(x.shape) for x in (*tensors, mask)]
+    given = [x for x in (logprobs, old_logprobs, mask, *others) if x is not None]
     B, n = mask.shape  # n = T-1
-    if shapes[:2] != [(B, n)] * 2 or shapes[2] not in ((B, 1), (B, n)):
-        raise ValueError(f"logprobs, old ones, advantages and mask do not fit together: {shapes}")
+    if any(x.shape != (B, n) for x in given) or advantages.shape not in ((B, 1), (B, n)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*given, advantages))
+        raise ValueError(f"log-probabilities, masks and advantages do not fit together: {shapes}")
     mask = mask.bool()
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bfloat16 is too coarse to sum in
     # Padding may hold anything, also NaN, which would spread.
     inside = [x.to(dtype).expand(B, n).masked_fill(~mask, 0.0) for x in tensors]
     return [*inside, mask]
+
+
+def mean_metrics(sums: list[tuple[str, float, int]]) -> dict[str, float]:
+    """Means by metric, from (metric, sum, number of tokens) of each pass; none over no tokens."""
+    totals: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for name, value, tokens in sums:
+        totals[name] += value
+        counts[name] += tokens
+    return {name: value / counts[name] for name, value in totals.items() if counts[name]}
 
 
 class SharedPrompts:

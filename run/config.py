@@ -60,7 +60,7 @@ class Config:
     max_grad_norm: float = option(1.0, "update", "gradient clipping", above=0)
 
     clip: float = option(0.2, "loss", "epsilon of PPO's clip", above=0)
-    clip_high: float = option(0.0, "loss", "its epsilon above 1 (DAPO); 0: as --clip", least=0)
+    clip_high: float = option(0.0, "loss", "upper epsilon (DAPO); 0: as --clip", least=0)
     dual_clip: float = option(3.0, "loss", "c, the bound for negative advantages", above=1)
     ratio: str = option(
         "token", "loss", "of each token, or of a response (GSPO)", choices=("token", "response")
@@ -152,6 +152,15 @@ def check_limits(name: str, value, limits) -> None:
     for limit, (keeps, words) in LIMITS.items():
         if limit in limits and not keeps(value, limits[limit]):
             raise ValueError(f"{name} must be {words} {limits[limit]}, not {value}")
+
+
+def check_choices(settings) -> None:
+    """Raises ValueError if a field that Config has, too, is none of its choices."""
+    for setting in fields(Config):
+        choices = setting.metadata.get("choices")
+        if choices and hasattr(settings, setting.name):
+            value = getattr(settings, setting.name)
+            check_limits(setting.name, value, {"choices": choices})
 
 
 # What may change when a run is resumed: where its steps end, what they cost, how they are

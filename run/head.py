@@ -24,23 +24,29 @@ class HeadLogprobs(torch.autograd.Function):
 
     Goes through the head `size` rows at a time, so that the (N, V) logits never exist, and again
     in the backward pass. Slices of positions would read and write all of the weight each time.
-    `options` are size, head_grad and temperature. `head_grad`, if given, is what the optimizer
-    reads as the head's gradient, and it is added to in place: without it, a tied embedding would
-    need a second tensor of that size until the end of the backward pass.
+    `head_grad`, if given, is what the optimizer reads as the head's gradient, and it is added to in
+    place: without it, a tied embedding would need a second tensor of that size until the end of the
+    backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, *options: Any
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        size: int,
+        head_grad: Tensor | None,
+        temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        size, _, temperature = ctx.options = options
+        ctx.options = size, head_grad, temperature
         # Of the slices so far: log Σ e^z; the mean of log p, which is minus the entropy; z_target.
         log_z = torch.full(targets.shape, -1e30, device=states.device)
         mean, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
         for _, logits, at, inside in logit_slices(states, weight, targets, size, temperature):
             chosen = torch.where(inside, logits.gather(-1, at).squeeze(-1), chosen)
             before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
-            # With a larger log_z every earlier log p shrinks by as much, and so does its p.
+            # Every earlier log p falls by log_z − before, so its p is multiplied by e^shrunk.
             shrunk, log_p = before - log_z, logits.sub_(log_z[:, None])
             mean = shrunk.exp() * (mean + shrunk) + (log_p.exp() * log_p).sum(-1)
         entropy = -mean

@@ -110,7 +110,7 @@ class Loop:
             yield from parts
 
     def generator(self, step: int) -> torch.Generator:
-        """Random numbers for sampling. They depend on the step alone, so a resumed run has them."""
+        """Random numbers for sampling. They depend on seed, step and process, not on the past."""
         rank = self.world.rank
         seed = f"sampling {self.config.seed} {step}" + (f" {rank}" if rank else "")
         return torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
@@ -139,7 +139,7 @@ class Loop:
         self.check_gradients()
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is done after this one."""
+        """Whether something done every `every` steps, and after the last, is due after this one."""
         return step + 1 == self.config.steps or (every > 0 and (step + 1) % every == 0)
 
     def hint(self, is_due: bool) -> None:

@@ -18,7 +18,7 @@ import torch
 from data.reward import is_correct
 from data.tokenizer import Tokenizer
 from data.wordproblems import LINE, NAMES
-from grpo import LossSettings, Rollout, shaped_ratio, too_unlikely_to_push_down
+from grpo import LossSettings, Rollout, guard_c, guided_loss
 from show.charts import as_float, esc, format_value, number
 
 NAMED = re.compile(r"look at (\w+)")  # as the built-in problems' reflections name a line
@@ -81,23 +81,16 @@ def guidance_tokens(
     start = rollout.guided_from
     logprobs = torch.tensor([rollout.old_logprobs[start:]])  # (1, T)
     advantage = torch.tensor([[rollout.advantage]])
-    w = shaped_ratio(
-        logprobs,
-        advantage,
-        settings.guards,
-        gamma_min=settings.gamma_min,
-        gamma_max=settings.gamma_max,
-        published=settings.published_gamma,
-    )
+    _, w = guided_loss(logprobs, advantage, settings)
     pi = logprobs.exp()
-    weighed = ~too_unlikely_to_push_down(advantage, pi, settings.unlikely)
+    weighed = ~guard_c(advantage, pi, settings.unlikely)
     lines: list[list[Any]] = []
     waiting: list[int] = []
     for i, token in enumerate(rollout.response[start:]):
         waiting.append(token)
         text = tokenizer.decode(waiting)
         is_whole = not text.endswith("\ufffd")  # half a character waits for the rest
-        has_weight = settings.shaping == "aas" and bool(weighed[0, i])
+        has_weight = w is not None and settings.shaping == "aas" and bool(weighed[0, i])
         weight = round(w[0, i].item(), 4) if has_weight else None
         lines.append([text if is_whole else "", weight, round(pi[0, i].item(), 4)])
         if is_whole:
