@@ -102,6 +102,9 @@ def test_numbers_of_the_slides():
         ends = "never" if None in took_off else ", ".join(map(str, took_off))
         assert not missing("slides.md", f"{row} {mean(runs[name]):.3f} {ends}")
     demos = [result(f"demo-seed{n}") for n in SEEDS]
+    one_in = [1 / demo["base"]["floor"] for demo in demos]
+    assert 200 < min(one_in) < 210 and 1750 < max(one_in) < 1800
+    assert not missing("slides.md", "goes on after one answer in 200 to 1,800")
     models = [[demo[name] for demo in demos] for name in ("base", "grpo", "thinktuning")]
     for row, key, of in (
         ("accuracy", "accuracy", statistics.fmean),
