@@ -56,6 +56,9 @@ def test_numbers_of_the_misconceptions():
     bases = [result(f"demo-seed{n}")["base"] for n in SEEDS]
     samples = sum(base["sampled_rollouts"] for base in bases)
     reflecting = sum(b["sampled_reflection_rate"] * b["sampled_rollouts"] for b in bases)
+    fast = max(run["accuracy"] for run in result("ablate-rates")["grpo, 0.001"])
+    planted = [result(f"demo-seed{n}")["planted"] for n in SEEDS]
+    ends = {kind: f"{mean([seed[kind] for seed in planted]):.1%}" for kind in planted[0]}
     metrics = result("metrics-seed0")
     equal = metrics["grpo"]["groups_equal"].count(1.0)
     held = [share for share in metrics["thinktuning"]["clip_fraction"] if share]
@@ -69,9 +72,11 @@ def test_numbers_of_the_misconceptions():
         f"With AAS the accuracy is {with_error(runs['ThinkTuning'])}",
         f"the ordinary ratio {with_error(runs['no AAS: ordinary ratio'])}",
         f"a constant γ {with_error(runs['γ constant, as published'])}",
-        f"another question ends at {mean(runs['feedback shuffled']):.3f}",
-        f"without its reason at {mean(runs['guidance without its reason']):.3f}",
         f"In seeds 2 and 6 it gains {gains[2]} and {gains[6]} points",
+        f"one of two runs reaches {fast:.3f} in this way in 60 steps",
+        f"the misconception {ends['misconception']} of the answers end right",
+        f"a slip in an earlier line as well, {ends['slip_before']} do",
+        f"wrong attempt leaves only {ends['other_story']} right",
         f"wrote {samples:,} samples, of which {round(reflecting)} reflect",
         f"`groups_equal` is 1.0 in {equal} of 60 steps",
         f"the clip holds tokens in {len(held)} of the 60 steps",
@@ -97,6 +102,9 @@ def test_numbers_of_the_slides():
         ends = "never" if None in took_off else ", ".join(map(str, took_off))
         assert not missing("slides.md", f"{row} {mean(runs[name]):.3f} {ends}")
     demos = [result(f"demo-seed{n}") for n in SEEDS]
+    one_in = [1 / demo["base"]["floor"] for demo in demos]
+    assert 200 < min(one_in) < 210 and 1750 < max(one_in) < 1800
+    assert not missing("slides.md", "goes on after one answer in 200 to 1,800")
     models = [[demo[name] for demo in demos] for name in ("base", "grpo", "thinktuning")]
     for row, key, of in (
         ("accuracy", "accuracy", statistics.fmean),

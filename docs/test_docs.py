@@ -16,6 +16,7 @@ import torch
 
 import grpo
 from data.scores import mean_and_se
+from data.wordproblems import stories
 from run.config import Config
 from show import plan
 from show.diagrams import LLAMA_3B, RUNS, SIZES
@@ -364,9 +365,6 @@ TOP = {G: (G - 1) / math.sqrt(G) for G in range(2, 99)}  # Â of the only right 
 def test_numbers_of_the_page_on_weights():
     gamma = 0.001 * TOP[8] / 4
     seen = result("try-this")["no edit"]
-    runs = result("ablate-all")
-    alike = ("ThinkTuning", "no AAS: ordinary ratio", "γ constant, as published")
-    means = [statistics.fmean(run["accuracy"] for run in runs[name]) for name in alike]
     assert not missing(
         "off-policy.md",
         f"w is {1e-4 / (1e-4 + 0.0005):.3f}. At π = 1e-7 it is {1e-7 / (1e-7 + 0.0005):.4f}",
@@ -377,7 +375,6 @@ def test_numbers_of_the_page_on_weights():
         f"and {0.01 / (0.01 - gamma):.3f} (at Â = −{TOP[8]:.2f})",
         f"by at most {0.01 / (0.01 - gamma) - 1:.1%}",
         f"{seen['teacher_tokens_below_0.01']} of the {seen['teacher_tokens']:,} teacher tokens",
-        f"between {min(means):.3f} and {max(means):.3f}",
         f"w is {0.00101 / (0.00101 - 0.001):.0f} at π = 0.00101",
     )
 
@@ -387,10 +384,50 @@ def test_numbers_of_the_reading_guide():
     before = grpo.shaping_coefficient(top).item()
     after = grpo.shaping_coefficient(top, gamma_min=0.1).item()
     pi = 0.0002
+    _, group_of_8 = group(1, 8)  # its last rollout is a bad one
+    bad = grpo.shaping_coefficient(group_of_8[-1]).item()
+    lifted = grpo.shaping_coefficient(group_of_8[-1], gamma_min=0.1).item()
     assert not missing(
         "reading.md",
         f"Where Â = {TOP[8]:.2f}, a token with π = {pi} had w = {pi / (pi + before):.2f} "
         f"and now has w = {pi / (pi + after):.4f}",
+        f"at Â = −{-group_of_8[-1]:.2f} from −{-bad:.5f} to {lifted:.3f}",
+    )
+
+
+def test_numbers_of_the_results():
+    demos = [result(f"demo-seed{n}") for n in range(15)]
+    ends = [demo["thinktuning"]["accuracy"] for demo in demos]
+    beyond = [end - demo["teacher_prompt"]["accuracy"] for end, demo in zip(ends, demos)]
+    assert sum(x > 0 for x in beyond) == 9
+    longer = [result(f"ablate-long-seed{n}") for n in range(10)]
+    runs = [seed[name][0] for seed in longer for name in seed if name.startswith("GRPO")]
+    assert {run["reflection_rate"] for run in runs} == {0.0}
+    sampled = sum(run["sampled_rollouts"] for run in runs)
+    reflect = sum(run["sampled_rollouts"] * run["sampled_reflection_rate"] for run in runs)
+    in_training = 128 * sum(result("curves-seed0")["grpo"])
+    leaks = [demo["base"]["begins_reflection"] for demo in demos[9:]]
+    expected = [7680 * (1 - demos[0]["base"]["accuracy"]) * leak for leak in leaks]
+    teacher = result("novelty-seed0")["base"]
+    assert teacher["teacher_prompt_named_once"] == 1.0
+    without_a_trap = sum(story.trap is None for story in stories("test")[:500])
+    assert without_a_trap / 500 == demos[0]["base"]["accuracy"]
+
+    def span(numbers):
+        return f"{min(numbers):.3f} to {max(numbers):.3f}"
+
+    assert not missing(
+        "results.md",
+        f"at {statistics.fmean(ends[:10]):.3f} in the mean ({span(ends[:10])})",
+        f"They end at {statistics.fmean(ends[10:]):.3f} ({span(ends[10:])})",
+        f"The median of all fifteen is {statistics.median(ends):.3f}",
+        f"These are {without_a_trap} of the 500",
+        f"by {100 * max(beyond):.1f} points at most",
+        f"seed 0 ends at {result('demo-seed0-floor0')['thinktuning']['accuracy']:.3f}",
+        f"Of {sampled:,} answers that they sampled, {reflect:.0f} reflects",
+        f"{in_training:.0f} of seed 0's 7,680 rollouts did",
+        f"expect {min(expected):.1g} to {max(expected):.1g} reflections",
+        f"is right in {teacher['teacher_prompt_accuracy']}",
     )
 
 
