@@ -59,7 +59,7 @@ def table(results, teacher_prompt, count) -> str:
 def planted_table(planted) -> str:
     """What the ThinkTuning model does with attempts that it did not write."""
     lines = ["planted attempts, greedy: ThinkTuning's model goes on from an attempt it is given"]
-    lines.append(table_row("", ("goes on", "names the line", "its number", "right")))
+    lines.append(table_row("", ("reflects", "names the line", "its number", "right")))
     for kind, title in PLANTED.items():
         found = planted[kind]
         cells = [found[key] for key in ("goes_on", "names_line", "takes_over", "accuracy")]

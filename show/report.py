@@ -23,7 +23,7 @@ from show.read_runs import Recorded, check_steps, read_runs
 STYLE = (Path(__file__).parent / "report.css").read_text()
 METHODS = {"base": "Base", "grpo": "GRPO", "thinktuning": "ThinkTuning"}
 INTRODUCTION = """In ThinkTuning a teacher at first adds its own second look to some responses:
-these are guided. GRPO has no teacher. A response reflects, or looks back, if it boxes a second
+these are guided. GRPO has no teacher. A response reflects if it boxes a second
 answer."""
 QUICK = " These runs were quick ones: too short to show anything."
 RELOAD = 5  # seconds until a browser reads the page of a run again that has not ended
@@ -180,25 +180,26 @@ def scores_at(summaries, name: str, *keys: str) -> Group:
 
 
 def looking_back(tested: list[Group]) -> str:
-    """When the trained methods look back at their answers; "" if that is not known of each."""
-    found = [how_it_looks_back(g) for g in reversed(tested) if g.name != METHODS["base"]]
+    """When the trained methods reflect on their answers; "" if that is not known of each."""
+    found = [how_it_reflects(g) for g in reversed(tested) if g.name != METHODS["base"]]
     return "; ".join(found) if all(found) else ""
 
 
-def how_it_looks_back(group: Group) -> str:
+def how_it_reflects(group: Group) -> str:
     wrong = group.last("reflection_rate_first_wrong").mean
     right = group.last("reflection_rate_first_right").mean
     sampled = group.last("sampled_reflection_rate").mean
     if wrong == right == 0 and not sampled >= 0.01:
-        return f"{group.name} {'hardly ever' if sampled > 0 else 'never'} looks back"
+        how_many = "hardly any" if sampled > 0 else "none"
+        return f"{group.name} reflects on {how_many} of its held-out answers"
     gave_both = 0 < group.last("first_answer_accuracy").mean < 1
     if not gave_both or not math.isfinite(wrong + right):
         return ""
     of_wrong, of_right = format_value(wrong, "%"), format_value(right, "%")
     if of_wrong == of_right:
-        return f"{group.name} looks back at {of_wrong} of its answers, wrong and right alike"
-    shares = f"{of_wrong} of its wrong answers and at {of_right} of its right ones"
-    return f"{group.name} looks back at {shares}"
+        return f"{group.name} reflects on {of_wrong} of its answers, wrong and right alike"
+    shares = f"{of_wrong} of its wrong answers and on {of_right} of its right ones"
+    return f"{group.name} reflects on {shares}"
 
 
 def headline(groups: list[Group]) -> str:
@@ -281,7 +282,7 @@ PLANTED = {  # kinds of attempts
 }
 FOUND = (  # column, key, unit
     ("attempts", "attempts", ""),
-    ("goes on", "goes_on", "%"),
+    ("reflects", "goes_on", "%"),
     ("names the line", "names_line", "%"),
     ("takes over its number", "takes_over", "%"),
     ("right", "accuracy", "%"),
@@ -289,7 +290,7 @@ FOUND = (  # column, key, unit
 PLANTED_NOTE = """<p>ThinkTuning’s model goes on from an attempt as if it had just written it.
 Some attempts it would never write. They show whether it reads the attempt or only the question:
 whether it names the line with the misconception, and takes over the attempt’s own number before
-that line. Those two are shares of the attempts after which it answers a second time.</p>"""
+that line. Those two are shares of the attempts after which it reflects.</p>"""
 
 
 def planted_table(summaries) -> str:
@@ -326,7 +327,7 @@ def settings_table(groups) -> str:
 
 LEARNED = (  # quantity, unit, metric, what to know
     ("Accuracy on validation problems", "%", "eval_accuracy", "Greedy, no teacher."),
-    ("Validation problems it looks back on", "%", "eval_reflection_rate", "The same responses."),
+    ("Validation problems it reflects on", "%", "eval_reflection_rate", "The same responses."),
     ("Accuracy of the student’s own samples", "%", "sampled_accuracy", "Before any help."),
     ("Own samples that reflect", "%", "reflection_rate", "Before any help."),
 )

@@ -587,7 +587,7 @@ def look(wrong, right, first=0.4, sampled=0.0):
 
 
 NEVER = look(0.0, 0.0)
-SHARES = " looks back at {} of its wrong answers and at {} of its right ones"
+SHARES = " reflects on {} of its wrong answers and on {} of its right ones"
 
 
 @pytest.mark.parametrize(
@@ -596,26 +596,35 @@ SHARES = " looks back at {} of its wrong answers and at {} of its right ones"
         (
             look(1.0, 0.0, sampled=0.58),
             NEVER,
-            "ThinkTuning" + SHARES.format("100%", "0%") + "; GRPO never looks back",
+            "ThinkTuning"
+            + SHARES.format("100%", "0%")
+            + "; GRPO reflects on none of its held-out answers",
         ),
         (
             look(0.987, 0.051),
             look(0.0, 0.0, sampled=0.002),
-            "ThinkTuning" + SHARES.format("98.7%", "5.1%") + "; GRPO hardly ever looks back",
+            "ThinkTuning"
+            + SHARES.format("98.7%", "5.1%")
+            + "; GRPO reflects on hardly any of its held-out answers",
         ),
         (
             NEVER,
             look(0.64, 0.01),
-            "ThinkTuning never looks back; GRPO" + SHARES.format("64%", "1%"),
+            "ThinkTuning reflects on none of its held-out answers; GRPO"
+            + SHARES.format("64%", "1%"),
         ),
         (
             look(1.0, 1.0),
             NEVER,
-            "ThinkTuning looks back at 100% of its answers, wrong and right alike"
-            "; GRPO never looks back",
+            "ThinkTuning reflects on 100% of its answers, wrong and right alike"
+            "; GRPO reflects on none of its held-out answers",
         ),
-        (NEVER, NEVER, "ThinkTuning never looks back; GRPO never looks back"),
-        (NEVER, look(0.0, 0.0, sampled=0.3), "GRPO looks back at 0% of its answers, wrong and"),
+        (
+            NEVER,
+            NEVER,
+            "ThinkTuning reflects on none of its held-out answers; GRPO reflects on none of its held-out answers",
+        ),
+        (NEVER, look(0.0, 0.0, sampled=0.3), "GRPO reflects on 0% of its answers, wrong and"),
         # No wrong answers, or nothing measured: then the accuracy is what can be said.
         (look(0.0, 1.0, first=1.0), NEVER, "gets 50% of held-out problems right"),
         (look(1.0, 0.0), {"accuracy": 0.4}, "gets 50% of held-out problems right"),
@@ -632,7 +641,12 @@ def test_the_headline_says_when_the_trained_methods_look_back(ours, grpo, said):
 def test_the_headline_of_several_demonstrations_is_about_their_means():
     summaries = [{"thinktuning": look(wrong, 0.0), "grpo": NEVER} for wrong in (1.0, 0.9, 0.8)]
     (title,) = Page(report.page([], summaries)).of("h1")
-    assert title == "ThinkTuning" + SHARES.format("90%", "0%") + "; GRPO never looks back"
+    assert (
+        title
+        == "ThinkTuning"
+        + SHARES.format("90%", "0%")
+        + "; GRPO reflects on none of its held-out answers"
+    )
 
 
 def rows_of(text, caption):

@@ -70,8 +70,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
             student.save(args.out / "student", tokenizer)
         if not (args.out / "teacher").exists():
             student = LM.load(args.out / "student", "cpu", dtype)
-            teacher = train_teacher(pretrained, student, tokenizer, args.steps)
-            teacher.save(args.out / "teacher", tokenizer)
+            made = train_teacher(pretrained, student, tokenizer, args.out, args.steps)
+            made.rename(args.out / "teacher")
 
     return job
 
@@ -160,24 +160,35 @@ def go_on(pretrained: LM, tokenizer: Tokenizer, texts: list[Rollout]) -> None:
 # The teacher.
 
 
-def train_teacher(pretrained: LM, student: LM, tokenizer: Tokenizer, steps: int | None) -> LM:
+def train_teacher(
+    pretrained: LM, student: LM, tokenizer: Tokenizer, out: Path, steps: int | None
+) -> Path:
     """It learns the format of a reply, and to find the wrong line of an attempt.
 
-    Rounds follow until it is good enough on the student's own attempts at validation problems.
-    Raises RunFailed if ROUNDS rounds are not enough.
+    Rounds follow until it is good enough on the student's own attempts at validation problems. Each
+    leaves a model directory in `out`: that of the last one is returned, and what was stopped goes
+    on behind the last one. Raises RunFailed if ROUNDS rounds are not enough.
     """
     model = copy.deepcopy(pretrained)
     records = student_attempts(student, tokenizer)
     for i in range(1 if steps else ROUNDS):
+        made = out / f"teacher-round-{i + 1}"
+        if made.exists():
+            model = LM.load(made, "cpu", pretrained.embed.weight.dtype)
+            continue
         count = steps or TEACHER_STEPS
         print(f"the teacher, round {i + 1}: {count} steps of {ROWS} replies")
         teacher = make_teacher(model, tokenizer, TEACHER)
         supervised(model, teacher_texts(teacher, f"teacher {i}", count), count, falls=True)
+        model.save(made, tokenizer)
         solves, judges = teacher_scores(make_teacher(model, tokenizer, TEACHER), records)
         print(f"  it solves {solves:.3f} of the problems; its opinion is right in {judges:.3f}")
         if steps or min(solves, judges) >= GATE:
-            return model
-    raise RunFailed(f"after {ROUNDS} rounds the teacher is below {GATE:.0%}")
+            return made
+    raise RunFailed(
+        f"after {ROUNDS} rounds the teacher is below {GATE:.0%}: "
+        f"to use it all the same, rename {made} to {out / 'teacher'}"
+    )
 
 
 def teacher_texts(teacher: Teacher, seed: str, steps: int) -> Iterator[list[Rollout]]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,28 @@ def test_the_commands_of_the_readme_on_a_random_model(random_model, tmp_path, mo
         assert found["sampled"]["responses"] == 20
         assert found["planted, right"]["attempts"] == 10
     assert f"{models[1]}\n  greedy, with a friend: accuracy" in capsys.readouterr().out
+
+
+def test_a_teacher_below_the_gate_is_kept_and_a_stopped_one_goes_on(
+    random_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare, "MAX_TOKENS", 10)
+    monkeypatch.setattr(prepare, "TEACHER_STEPS", 1)
+    monkeypatch.setattr(prepare, "student_attempts", lambda *_: [])
+    monkeypatch.setattr(prepare, "teacher_scores", lambda *_: (0.9, 0.84))
+    out, argv = tmp_path / "out", [str(random_model), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(prepare, "train_student", lambda model, *_: model)
+    assert prepare.main(argv) == 1
+    told = capsys.readouterr()
+    assert f"rename {out / 'teacher-round-3'} to {out / 'teacher'}" in told.err
+    assert told.out.count("the teacher, round") == 3 and not (out / "teacher").exists()
+    first, second = (LM.load(out / f"teacher-round-{i}").embed.weight for i in (1, 2))
+    assert not torch.equal(first, second)
+    shutil.rmtree(out / "teacher-round-3")  # as if the third round had been stopped
+    monkeypatch.setattr(prepare, "teacher_scores", lambda *_: (0.9, 0.85))
+    assert prepare.main(argv) == 0
+    assert capsys.readouterr().out.count("the teacher, round") == 1
+    assert (out / "teacher/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("seed", range(200))
