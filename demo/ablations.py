@@ -13,7 +13,7 @@ from typing import Any
 from data.reward import final_answer
 from data.scores import mean_and_se
 from data.wordproblems import MOST, answer_sentence
-from demo.base import Setup, base_model
+from demo.base import RECIPE, Setup, base_model
 from demo.comparison import TOO_QUICK, examine, held_out_problems, train_one
 from demo.supervised import train_supervised
 from demo.texts import WORDING
@@ -158,6 +158,13 @@ LOSSES = {
 }
 
 
+TEXTS = RECIPE["conversations"] + RECIPE["transcripts"]  # of a step
+NO_NARRATOR = {  # in what these base models read, only the teacher reflects
+    "no narrator, as many texts": dict(transcripts=0, conversations=TEXTS),
+    "no narrator, fewer texts": dict(transcripts=0),
+}
+
+
 def under_stress() -> dict[str, Variant]:
     """Every loss under a high learning rate, four epochs, and a teacher that is often wrong."""
     stress = dict(
@@ -179,6 +186,7 @@ VARIANTS = {
     "all": {**THINKTUNING, **CONTROLS, **GRPO},
     "grpo": {**THINKTUNING, **{name: Variant(changes) for name, changes in LITERATURE.items()}},
     "long": {**THINKTUNING, **GRPO},
+    "narrator": {name: Variant(texts=texts) for name, texts in NO_NARRATOR.items()},
     "stress": under_stress(),
     "rates": learning_rates(),
 }
