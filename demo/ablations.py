@@ -156,12 +156,13 @@ LOSSES = {
     "γ constant, guarded": dict(published="gamma"),
     "γ constant, no guards": dict(published="gamma", guards=False, unlikely=0.0),
 }
-
-
-TEXTS = RECIPE["conversations"] + RECIPE["transcripts"]  # of a step
-NO_NARRATOR = {  # in what these base models read, only the teacher reflects
-    "no narrator, as many texts": dict(transcripts=0, conversations=TEXTS),
-    "no narrator, fewer texts": dict(transcripts=0),
+# Only the teacher reflects in what such a base model reads; conversations replace the transcripts.
+NO_NARRATOR = dict(transcripts=0, conversations=RECIPE["conversations"] + RECIPE["transcripts"])
+NARRATOR = {
+    "no narrator": Variant(texts=NO_NARRATOR),
+    "no narrator, fewer texts": Variant(texts=dict(transcripts=0)),
+    "no narrator, teacher for the whole run": Variant(dict(schedule="constant"), texts=NO_NARRATOR),
+    "no narrator, GRPO": Variant(dict(method="grpo"), texts=NO_NARRATOR),
 }
 
 
@@ -186,7 +187,7 @@ VARIANTS = {
     "all": {**THINKTUNING, **CONTROLS, **GRPO},
     "grpo": {**THINKTUNING, **{name: Variant(changes) for name, changes in LITERATURE.items()}},
     "long": {**THINKTUNING, **GRPO},
-    "narrator": {name: Variant(texts=texts) for name, texts in NO_NARRATOR.items()},
+    "narrator": {**THINKTUNING, **NARRATOR},
     "stress": under_stress(),
     "rates": learning_rates(),
 }
