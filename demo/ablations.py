@@ -13,7 +13,7 @@ from typing import Any
 from data.reward import final_answer
 from data.scores import mean_and_se
 from data.wordproblems import MOST, answer_sentence
-from demo.base import Setup, base_model
+from demo.base import RECIPE, Setup, base_model
 from demo.comparison import TOO_QUICK, examine, held_out_problems, train_one
 from demo.supervised import train_supervised
 from demo.texts import WORDING
@@ -156,6 +156,14 @@ LOSSES = {
     "γ constant, guarded": dict(published="gamma"),
     "γ constant, no guards": dict(published="gamma", guards=False, unlikely=0.0),
 }
+# Only the teacher reflects in what such a base model reads; conversations replace the transcripts.
+NO_NARRATOR = dict(transcripts=0, conversations=RECIPE["conversations"] + RECIPE["transcripts"])
+NARRATOR = {
+    "no narrator": Variant(texts=NO_NARRATOR),
+    "no narrator, fewer texts": Variant(texts=dict(transcripts=0)),
+    "no narrator, teacher for the whole run": Variant(dict(schedule="constant"), texts=NO_NARRATOR),
+    "no narrator, GRPO": Variant(dict(method="grpo"), texts=NO_NARRATOR),
+}
 
 
 def under_stress() -> dict[str, Variant]:
@@ -179,6 +187,7 @@ VARIANTS = {
     "all": {**THINKTUNING, **CONTROLS, **GRPO},
     "grpo": {**THINKTUNING, **{name: Variant(changes) for name, changes in LITERATURE.items()}},
     "long": {**THINKTUNING, **GRPO},
+    "narrator": {**THINKTUNING, **NARRATOR},
     "stress": under_stress(),
     "rates": learning_rates(),
 }

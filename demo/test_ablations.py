@@ -9,8 +9,10 @@ import pytest
 import demo.ablations
 import demo.base
 from data.reward import final_answer
+from data.tokenizer import Tokenizer
 from demo.ablations import settings_of
-from demo.base import SHIPPED
+from demo.base import FLOOR, SHIPPED, recipe_of
+from demo.pretraining import steps_of_rows
 from model import LM
 from run.config import DEMO, Config
 from teacher import parse_feedback
@@ -52,6 +54,20 @@ def test_controls_run_one_after_the_other_and_say_when_they_take_off(
         assert {"reflection_rate_first_right", "names_line", "generated_tokens"} <= outcome.keys()
         assert outcome["take_off"] is None or 0 <= outcome["take_off"] < outcome["steps"]
     assert "takes off at" in capsys.readouterr().out
+
+
+def test_without_a_narrator_a_step_reads_conversations_only():
+    tokenizer = Tokenizer.builtin()
+    found = {}
+    for name, variant in demo.ablations.VARIANTS["narrator"].items():
+        recipe = {**recipe_of(0, FLOOR, quick=False), **variant.texts}
+        rows = next(steps_of_rows(recipe, "a seed", tokenizer))
+        tags = [tokenizer.special[f"<|{role}|>"] for role in ("narrator", "student")]
+        found[name] = [sum(tag in ids for ids, _, _ in rows) for tag in tags]
+        assert sum(found[name]) == len(rows)  # each text has one of the two
+    assert found.pop("ThinkTuning") == [5, 8]
+    assert found.pop("no narrator, fewer texts") == [0, 8]
+    assert found and all(counts == [0, 13] for counts in found.values())
 
 
 def test_each_repeat_has_another_seed_and_the_same_base(trained, tmp_path, monkeypatch):

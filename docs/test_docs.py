@@ -293,6 +293,31 @@ def table_ablation(which):
     return text
 
 
+def table_forced():
+    """Each cell: after the base model's wrong attempts, after its right ones."""
+    found = result("probe-seed0")["forced"]
+    text = head("who goes on, behind what", "names a line", "answers again", "right in the end")
+    for name in found["wrong"]:
+        rows = [found[which][name] for which in ("wrong", "right")]
+        named = [
+            sum(share for key, share in one.items() if key.startswith("names")) for one in rows
+        ]
+        columns = named, [one["reflects"] for one in rows], [one["accuracy"] for one in rows]
+        text += row(name, *("{:.3f}, {:.3f}".format(*column) for column in columns))
+    return text
+
+
+def table_narrator():
+    text = head(
+        "base model and training", "accuracy", "of the first answer", *list(SHOWN)[1:3], "take-off"
+    )
+    for name, (run,) in result("ablate-narrator-seed0").items():
+        keys = ("accuracy", "first_answer_accuracy", *list(SHOWN.values())[1:3])
+        take_off = "–" if run["take_off"] is None else str(run["take_off"])
+        text += row(name, *(f"{run[key]:.3f}" for key in keys), take_off)
+    return text
+
+
 def memory(**settings):
     return plan.memory(Config(**settings), SIZES)
 
@@ -320,6 +345,8 @@ TABLES = {
     "means": table_means,
     "variants": lambda: table_ablation("grpo"),
     "ablations": lambda: table_ablation("all"),
+    "forced": table_forced,
+    "narrator": table_narrator,
     "memory": table_memory,
     "refusal": refusal,
 }
@@ -456,6 +483,38 @@ def test_numbers_of_the_page_on_memory():
         f"128 rows of 512 + 1024 positions takes {128 * 1536 * cached / gib:.1f} GiB",
         f"12 · 128,256 = {12 * 128256:,} bytes",
         f"16,384 tokens {12 * 128256 * 16384 / gib:.1f} GiB",
+    )
+
+
+def test_numbers_of_the_four_objections():
+    probe, greedy = result("probe-seed0"), result("demo-seed0")["thinktuning"]
+    ours = {name: rows["ThinkTuning"] for name, rows in probe["two_friends"].items()}
+    narrator = {name: rows["base as narrator"] for name, rows in probe["two_friends"].items()}
+    forced = {name: rows["ThinkTuning, blank line"] for name, rows in probe["two_friends"].items()}
+    first, second = forced["wrong, right"], forced["right, wrong"]
+    mixed = {who[name]["reflects"] for who in (ours, narrator) for name in list(ours)[:2]}
+    assert len(mixed) == 1 and all(one["attempts"] == 150 for one in forced.values())
+    assert first["names_other"] == second["names_other"] == 0
+    assert second["names_wrong"] + second["names_right"] == pytest.approx(1)
+    own = [probe["forced"][which]["base"]["attempts"] for which in ("wrong", "right")]
+    without = {name: run for name, (run,) in result("ablate-narrator-seed0").items()}
+    gain = without["no narrator"]["accuracy"] - without["no narrator, GRPO"]["accuracy"]
+    base, grpo_student = probe["samples"]["base"], probe["samples"]["grpo"]
+    assert not missing(
+        "results.md",
+        f"{own[0]} wrong and {own[1]} right ones",
+        f"a quarter of the rollouts reflect at step {without['no narrator']['take_off']}",
+        f"{100 * gain:.0f} points above GRPO",
+        f"looks back at {mixed.pop():.3f} of the attempts, in either order",
+        f"If both lines are wrong, it looks back at {ours['wrong, wrong']['reflects']:.3f}, "
+        f"and if both are right at {ours['right, right']['reflects']:.3f}",
+        f"names the wrong one of the two in {first['names_wrong']:.3f} if that line comes first "
+        f"and in {second['names_wrong']:.3f} if it comes second",
+        f"Of these answers {first['accuracy']:.3f} and {second['accuracy']:.3f} are right",
+        f"so {8 * base['mean_length']:.0f} tokens a problem",
+        f"has pass@8 {base['pass@8']:.3f} and maj@8 {base['maj@8']:.3f}, GRPO's student "
+        f"{grpo_student['pass@8']:.3f} and {grpo_student['maj@8']:.3f}",
+        f"greedy answer, {greedy['mean_length']:.0f} tokens, has {greedy['accuracy']:.3f}",
     )
 
 

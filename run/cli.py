@@ -172,8 +172,11 @@ def add_demo_flags(add):
     add("--out", help="directory for the runs and summary.json (out/PRESET-SEED)")
     about = "share of a blank line in what pretraining wants after an attempt (0.005)"
     add("--floor", type=float, help=about)
-    variants = ("all", "grpo", "long", "rates", "stress")
-    about = "variants on this seed's base: all, those of GRPO, a long run, learning rates, stress"
+    variants = ("all", "grpo", "long", "narrator", "rates", "stress")
+    about = (
+        "variants on this seed's base: all, those of GRPO, a long run, no narrator in the base, "
+        "learning rates, stress"
+    )
     add("--ablate", nargs="?", const="all", choices=variants, help=about)
     add("--repeats", type=positive, help="training seeds of every variant of --ablate (3)")
     add("--from-scratch", action="store_true", help="pretrain the base model anew in any case")
