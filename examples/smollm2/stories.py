@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from data.wordproblems import DAYS, Story, answer_sentence, counts, make_story, question
+from data.wordproblems import DAYS, NAMES, Story, answer_sentence, counts, make_story, question
 
 TRAPS = ("friend",)
 SIZES = {"train": 2000, "validation": 200, "test": 300}
@@ -40,20 +40,28 @@ def sentence(story: Story, i: int) -> str:
     return question(story).split(". ")[1 + i]
 
 
-def line(story: Story, i: int, before: int, after: int) -> str:
-    """Day i, and how the count becomes `after`."""
+def line(story: Story, i: int, before: int, after: int, misread: bool = False) -> str:
+    """Day i, and how the count becomes `after`. `misread`: a friend's day is told as one's own."""
+    told, day = sentence(story, i), story.days[i]
+    if misread:
+        told = told.replace("a friend", NAMES[story.name])
     if before == after:
-        return f"{sentence(story, i)}: still {before}."
-    day = story.days[i]
-    return f"{sentence(story, i)}: {before} {day.sign} {day.amount} = {after}."
+        return f"{told}: still {before}."
+    return f"{told}: {before} {day.sign} {day.amount} = {after}."
 
 
-def attempt(story: Story, mistaken: bool = False, slip: int | None = None, by: int = 1) -> Attempt:
+def attempt(
+    story: Story,
+    mistaken: bool = False,
+    slip: int | None = None,
+    by: int = 1,
+    misread: bool = False,
+) -> Attempt:
     """The story worked out. `mistaken`: a friend's things count. The sum of day `slip` is off."""
     count, truth, lines, wrong = story.start, counts(story), [], None
     for i, day in enumerate(story.days):
         before, count = count, count + day.change(mistaken) + (by if i == slip else 0)
-        lines.append(line(story, i, before, count))
+        lines.append(line(story, i, before, count, misread))
         if wrong is None and count != truth[i + 1]:
             wrong = i
     return Attempt(" ".join([*lines, answer_sentence(count)]), wrong)
@@ -84,8 +92,16 @@ def tagged(opinion: str, reason: str, phrase: str) -> str:
 
 
 def some_attempt(rng: random.Random, story: Story) -> Attempt:
-    """One for the teacher to read: right, with a friend's things counted, or with a wrong sum."""
+    """One for the teacher to read: right, with a friend's things counted, or with a wrong sum.
+
+    Half of those that count a friend's things tell that day as one's own, as the student does.
+    """
     mistaken = story.trap is not None and rng.random() < 0.7
+    misread = mistaken and rng.random() < 0.5
     own = [i for i, day in enumerate(story.days) if day.kind == "own"]
-    slip = rng.choice(own) if rng.random() < 0.2 else None
-    return attempt(story, mistaken, slip, by=rng.choice((-2, -1, 1, 2)))
+    if rng.random() >= 0.2:
+        return attempt(story, mistaken, misread=misread)
+    slip = rng.choice(own)
+    lowest = min(counts(story, mistaken)[slip + 1 :])  # all counts stay above 0
+    by = rng.choice([n for n in range(1 - lowest, 11) if n])
+    return attempt(story, mistaken, slip, by, misread)

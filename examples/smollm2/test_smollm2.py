@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -102,6 +104,21 @@ def test_lines_repeat_the_story_and_show_how_the_count_changes():
         assert all(f"{sentence}: " in said for sentence in sentences)
     assert "still" in right.text and right.wrong is None
     assert "still" not in mistaken.text and mistaken.wrong == told.trap
+
+
+def test_the_teacher_reads_every_kind_of_mistake_and_counts_stay_above_0():
+    rng, kinds = random.Random(0), Counter()
+    for _ in range(500):
+        told = story(rng, "train")
+        tried = some_attempt(rng, told)
+        assert "-" not in re.sub(r"\d - \d", "", tried.text) and "= 0." not in tried.text
+        if told.trap is not None and tried.wrong == told.trap:
+            kinds["told as a friend's" if "a friend" in tried.text else "told as one's own"] += 1
+        elif tried.wrong is not None:
+            kinds["a wrong sum"] += 1
+        else:
+            kinds["right"] += 1
+    assert len(kinds) == 4 and min(kinds.values()) > 40, kinds
 
 
 def test_the_student_reads_no_friend_and_no_second_answer():
