@@ -323,12 +323,13 @@ def update(
     batches += [[NOTHING]] * (passes - len(batches))
     # The gradient: each pass adds its part.
     optimizer.zero_grad(set_to_none=True)
-    loss, sums = 0.0, []  # of each pass (metric, sum, over how many tokens)
+    loss: float | Tensor = 0.0
+    sums = []  # (metric, sum, over how many tokens) of each pass
     with gradient_buffer(model, optimizer, world) as head_grad:
         for batch in batches:
             losses, mask, measured = batch_losses(model, batch, settings, reference, head_grad)
             mean = mean_loss(losses, mask, total, count, settings)
-            loss += mean.item()
+            loss = loss + mean.detach()
             (mean * world.size).backward()  # FSDP takes the mean over the processes
             for name, (values, where) in measured.items():
                 sums.append((name, (values * where).sum().item(), int(where.sum())))
@@ -339,7 +340,7 @@ def update(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # The metrics of all processes.
-    metrics = {"loss": sum(world.gather([loss])), **mean_metrics(world.gather(sums))}
+    metrics = {"loss": sum(world.gather([float(loss)])), **mean_metrics(world.gather(sums))}
     skipped = float(not math.isfinite(norm))
     share = sum(world.gather([len(r.response) for r in active])) / total
     return metrics | {"grad_norm": norm, "skipped": skipped, "active_share": share}

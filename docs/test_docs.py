@@ -505,11 +505,12 @@ def test_numbers_of_the_four_objections():
         f"{own[0]} wrong and {own[1]} right ones",
         f"a quarter of the rollouts reflect at step {without['no narrator']['take_off']}",
         f"{100 * gain:.0f} points above GRPO",
-        f"looks back at {mixed.pop():.3f} of the attempts, in either order",
-        f"If both lines are wrong, it looks back at {ours['wrong, wrong']['reflects']:.3f}, "
-        f"and if both are right at {ours['right, right']['reflects']:.3f}",
-        f"names the wrong one of the two in {first['names_wrong']:.3f} if that line comes first "
-        f"and in {second['names_wrong']:.3f} if it comes second",
+        f"reflects on {mixed.pop():.3f} in either order",
+        f"If both lines are wrong, ThinkTuning's student reflects on "
+        f"{ours['wrong, wrong']['reflects']:.3f} of the attempts, and if both are right "
+        f"on {ours['right, right']['reflects']:.3f}",
+        f"names the wrong one of the two in {first['names_wrong']:.3f} if that line comes first, "
+        f"in {second['names_wrong']:.3f} if it comes second",
         f"Of these answers {first['accuracy']:.3f} and {second['accuracy']:.3f} are right",
         f"so {8 * base['mean_length']:.0f} tokens a problem",
         f"has pass@8 {base['pass@8']:.3f} and maj@8 {base['maj@8']:.3f}, GRPO's student "

@@ -49,7 +49,7 @@ def test_there_are_twelve_and_each_gap_has_a_check_and_a_question():
         assert gap.question.endswith(("?", ".")) and "?" in gap.question
         # The lines shown are the program's, and what is called stands in them.
         assert all(line in checks.explained(gap) for line in ("In the program, ", "To think about"))
-    assert "losses.sum() / max(1, tokens)" in checks.explained(GAPS["accumulate"])
+    assert "losses.sum() / max(1, n_tokens)" in checks.explained(GAPS["accumulate"])
     assert "searchsorted" in checks.explained(GAPS["draw"])
 
 

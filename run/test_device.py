@@ -234,9 +234,9 @@ def test_an_update_mixes_no_devices_and_gives_the_cpus_weights(device, monkeypat
         found.append((weights, metrics))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     assert found[1][1] == pytest.approx(found[0][1], abs=1e-5)
-    # The size of the gradient once; of a pass its places, and two numbers a metric; and of a pass
+    # The loss and the size of the gradient once; of a pass its places, and two numbers a metric; and of a pass
     # for log π_old its results and where they are.
-    most = {"norm = float(": 1, "at = where.flatten()": len(passes)}
+    most = {"norm = float(": 1, "[float(loss)]": 1, "at = where.flatten()": len(passes)}
     most |= {
         "sums.append(": 2 * len(metrics) * len(passes),
         "logprobs.cpu(), mask": 2 * len(passes),

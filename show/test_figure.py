@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 
 import pytest
 
@@ -93,28 +94,23 @@ def test_the_readmes_lines_on_planted_attempts_are_those_of_fifteen_seeds():
     readme = " ".join((figure.ROOT / "README.md").read_text().split())
     runs = [summary(seed) for seed in range(15)]
     planted = {kind: [run["planted"][kind] for run in runs] for kind in runs[0]["planted"]}
-    alone = span([1 - found["goes_on"] for found in planted["right"]])
-    other = planted["other_story"]
-    mended = span([found["goes_on"] * found["names_line"] for found in other])
-    taken = span([found["takes_over"] for found in planted["slip_before"]])
-    named = span([run["thinktuning"]["names_line"] for run in runs])
+    # Shares of all attempts of a kind, not of those after which it reflects.
+    alone = [1 - found["goes_on"] for found in planted["right"]]
+    named = [found["goes_on"] * found["names_line"] for found in planted["other_story"]]
+    taken = [found["goes_on"] * found["takes_over"] for found in planted["slip_before"]]
+    ends_right = [found["accuracy"] for found in planted["slip_before"]]
+    for words, shares in (
+        ("it is left alone", alone),
+        ("it names that wrong line", named),
+        ("it goes on from the attempt's number", taken),
+        ("after such a slip the answer is right in the end", ends_right),
+    ):
+        cell = f"{statistics.median(shares):.2f} ({min(shares):.2f}–{max(shares):.2f})"
+        assert f"{words} | {cell} |" in readme
     teacher = span([run["teacher_prompt"]["accuracy"] for run in runs])
-    mean = sum(1 - found["goes_on"] for found in planted["right"]) / 15
-    assert f"{alone} are left alone (mean {mean:.0%})" in readme
-    assert f"it names that wrong line in {mended}" in readme
-    assert f"the attempt's own number in {taken}" in readme
-    assert f"In its own attempts it names the wrong line in {named}." in readme
-    others = [run for run in runs if run["seed"] not in (11, 14)]
-    least = [
-        min(1 - run["planted"]["right"]["goes_on"] for run in others),
-        min(
-            run["planted"]["other_story"]["goes_on"] * run["planted"]["other_story"]["names_line"]
-            for run in others
-        ),
-        min(run["planted"]["slip_before"]["takes_over"] for run in others),
-        min(run["thinktuning"]["names_line"] for run in others),
+    (no_narrator,) = json.loads((figure.ROOT / "results/ablate-narrator-seed0.json").read_text())[
+        "no narrator"
     ]
-    *first, last = (f"{share:.0%}" for share in least)
-    words = f"{', '.join(first)} and {last}".replace("%", "", 3)
-    assert f"Without seeds 11 and 14 the lowest are {words}. So" in readme
+    assert f"accuracy {no_narrator['accuracy']:.3f}, no reflection" in readme
+    assert no_narrator["reflection_rate"] == 0
     assert f"solves {teacher} of these problems" in readme
