@@ -519,6 +519,46 @@ def test_numbers_of_the_four_objections():
     )
 
 
+def test_numbers_of_the_second_student_of_smollm2():
+    first, second = result("smollm2"), result("smollm2-second")
+    rows = [[], [], [], [], []]
+    for found, floors in (
+        (first["student"], first["floors"]["student"]),
+        (second["student"], second["student"]["greedy"]),
+    ):
+        friend, plain = found["greedy, with a friend"], found["greedy, without"]
+        rows[0].append(f"{friend['accuracy']:.3f}, {plain['accuracy']:.3f}")
+        rows[1].append(f"{friend['by_the_misconception']:.3f}")
+        rows[2].append(f"{floors['goes_on']:.3f}, {floors['blank_line']:.3f}")
+        mantissa, exponent = f"{floors['begins_reflection']:.1e}".split("e")
+        rows[3].append(f"{mantissa}e{int(exponent)}")
+    boxes, sampled = first["second_boxes_of_the_student"], second["student"]["sampled"]
+    again = round(sampled["reflection_rate"] * sampled["responses"])
+    rows[4] = [f"{boxes['with_a_second_box']} of {boxes['samples']:,}"]
+    rows[4].append(f"{again} of {sampled['responses']:,}")
+    *_, last = second["teacher"]["rounds"]
+    planted = [found for kind, found in second["student"].items() if kind.startswith("planted")]
+    assert all(found["goes_on"] == 0 for found in planted)
+    assert not missing(
+        "results.md",
+        *(" | ".join(row) + " |" for row in rows),
+        f"| {last['solves']:.2f}, {last['judges']:.2f} of 100 |",
+        f"none of {sum(found['attempts'] for found in planted)} planted attempts",
+        f"{sampled['wrong_to_right']} mend a wrong answer, and {sampled['right_to_wrong']} spoil",
+    )
+    run = second["thinktuning"]
+    five, ten = run["evaluations"]
+    assert not missing(
+        "results.md",
+        f"stopped after {run['steps']} steps",
+        f"asked {run['asked']} times and followed the format {run['parsed']} times",
+        f"continued {run['guided']} rollouts, of which {run['guided_reward']:.0f} earned",
+        f"reflected on {five['eval_reflection_rate']:.3f} of 40 validation problems after 5 steps",
+        f"on {ten['eval_reflection_rate']:.3f} after 10",
+        f"{five['eval_accuracy']:.3f} right, then {ten['eval_accuracy']:.3f}",
+    )
+
+
 def test_times_of_the_plan_for_a_class():
     text = (ROOT / "docs" / "lecture.md").read_text()
     shipped = result("demo-seed0")["seconds"]["total"]
