@@ -1,8 +1,8 @@
 """ThinkTuning from scratch: the training loop, evaluation, and the commands.
 
-ThinkTuning (arXiv 2508.07616) is GRPO with a teacher. It reads some of the student's rollouts and
-continues them with feedback in the student's own voice. The reward decides whether the student
-learns these words.
+ThinkTuning (arXiv 2508.07616) is GRPO with a teacher. The teacher reads some of the student's
+rollouts and continues them with feedback in the student's own voice. The reward decides whether the
+student learns these words.
 
     python thinktuning.py                    the demonstration: GRPO and ThinkTuning side by side
     python thinktuning.py --preset mentor    the novelty test: a habit that is hardly ever sampled

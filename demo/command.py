@@ -65,17 +65,22 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
 def prepare_page(args: argparse.Namespace) -> Callable[[], None]:
     """`page`: read a demonstration's directory; returns the function that writes the page."""
     run = Path(args.run)
-    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
-    if not {"planted", "seed", "floor", "quick"} <= summary.keys():
-        raise ValueError(
-            f"{run} holds no finished demonstration: give the directory that "
-            "python thinktuning.py has written, such as out/demo-0"
-        )
-    base = kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
+    base = base_of(run)
     planted = {
         kind: [of_page(one) for one in planted_attempts(kind, ON_THE_PAGE)] for kind in KINDS
     }
     return page.prepare(run, Path(args.out or run / "page.html"), base, planted)
+
+
+def base_of(run: Path) -> Path:
+    """The base model's directory of a finished demonstration; ValueError if there is none."""
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    if not {"planted", "seed", "floor", "quick"} <= summary.keys():
+        raise ValueError(
+            f"{run} holds no finished demonstration with its summary.json: give the directory that "
+            "python thinktuning.py has written, such as out/demo-0"
+        )
+    return kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
 
 
 ON_THE_PAGE = 40  # planted attempts of each kind

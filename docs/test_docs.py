@@ -536,14 +536,20 @@ def test_numbers_of_the_second_student_of_smollm2():
     again = round(sampled["reflection_rate"] * sampled["responses"])
     rows[4] = [f"{boxes['with_a_second_box']} of {boxes['samples']:,}"]
     rows[4].append(f"{again} of {sampled['responses']:,}")
-    *_, last = second["teacher"]["rounds"]
+    one, two, read, last = second["teacher"]["rounds"]
+    own, sums, *others = read["failures"].values()
+    assert own[0] == own[1] and sums[0] == sums[1]
     planted = [found for kind, found in second["student"].items() if kind.startswith("planted")]
     assert all(found["goes_on"] == 0 for found in planted)
     assert not missing(
         "results.md",
         *(" | ".join(row) + " |" for row in rows),
         f"| {last['solves']:.2f}, {last['judges']:.2f} of 100 |",
-        f"none of {sum(found['attempts'] for found in planted)} planted attempts",
+        f"reflects on none of {sum(found['attempts'] for found in planted)} planted attempts",
+        f"solved {one['solves']:.0%} after {one['steps']} steps and {two['solves']:.0%} after "
+        f"{two['steps']}",
+        f"all {own[0]} attempts of the first kind, at all {sums[0]} wrong sums and at "
+        f"{others[0][0] + others[1][0]} of the {others[0][1] + others[1][1]} others",
         f"{sampled['wrong_to_right']} mend a wrong answer, and {sampled['right_to_wrong']} spoil",
     )
     run = second["thinktuning"]

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 
 from data.chat import SPEAKER_TAGS
-from data.files import read_json
 from data.prompts import spoken, student_prompt
 from data.reward import is_correct
 from data.scores import reflects
@@ -38,7 +37,7 @@ from data.wordproblems import (
     stories,
     wrong_day,
 )
-from demo.base import kept_base, recipe_of
+from demo.command import base_of
 from demo.planted import COUNT, named_day
 from model import LM
 from run.config import DEMO
@@ -161,9 +160,7 @@ def two_friends(wrong: tuple[bool, bool], count: int) -> list[Attempt]:
 
 def main(run: Path) -> None:
     torch.set_num_threads(1)
-    summary = read_json(run / "summary.json")
-    base = kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
-    directories = {"base": base}
+    directories = {"base": base_of(run)}
     directories |= {name: run / name / "model" for name in ("grpo", "thinktuning")}
     models = {name: LM.load(path) for name, path in directories.items()}
     print(json.dumps(probe(models, Tokenizer.builtin()), indent=1))
