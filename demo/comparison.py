@@ -11,6 +11,7 @@ import itertools
 import random
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 from data import load_problems
 from data.scores import reflects, score
@@ -18,8 +19,10 @@ from data.wordproblems import problem_of, question, stories, wrong_day
 from demo.base import Setup, base_model, floors, teacher_prompt_scores
 from demo.planted import COUNT, examine_planted, named_day, planted_attempts
 from demo.printed import chart, planted_table, same_question, table
+from run.beside import beside
 from run.loop import Loop
 from run.record import Run, write_json
+from run.screen import note
 from show.report import write_report
 from teacher import Feedback, make_teacher
 
@@ -36,47 +39,96 @@ TOO_QUICK = "a quick run only checks that everything runs: it is too short to sh
 CURVE = dict(eval_every=5, eval_count=100)  # evaluations during training, for the report's curves
 
 
+class Examined(NamedTuple):
+    """What is shown of a model: scores, the greedy responses, the metrics of its training."""
+
+    scores: dict
+    records: list
+    history: list
+
+
 def demonstrate(setup: Setup, page):
     """Make the base model, train it by both methods, examine all three, print and write it.
 
     `page()` writes the report of what there is so far.
     """
-    out, config, clock = setup.out, setup.config, Clock()
+    out, clock = setup.out, Clock()
     set_old_results_aside(out)
     base = base_model(setup)
     clock.lap("pretrain")
-    test = held_out_problems(setup)
-    results, records, curves, students = {}, {}, {}, {}
-    scores, records["base"] = examine(setup, base, test, samples=2 if setup.quick else 6)
-    reference = teacher_prompt_scores(base, setup.tokenizer, records["base"], config)
-    scores |= floors(base, setup.tokenizer, records["base"])
-    for key in ("accuracy", "accuracy_se"):
-        scores[f"teacher_prompt_{key}"] = reference[key]
-    results["base"] = {**scores, "seconds": clock.seconds["pretrain"]}
-    clock.lap("examining")
-    for method in METHODS:
-        changed = replace(config, method=method, **CURVE)
-        student, curves[method] = train_one(setup, base, changed, out / method, page)
-        clock.lap(method)
-        if not save_trained(setup, student, method, curves[method]):
+    # Neither method needs the other: on two cores both train at once.
+    with beside(meanwhile, setup, base) as found_meanwhile:
+        trained = by_method(setup, base, "thinktuning", clock, page)
+        if trained is None:
             return
-        students[method] = student
-        scores, records[method] = examine(setup, student, test)
-        results[method] = {**scores, "seconds": clock.seconds[method]}
+        student, of_thinktuning = trained
+        planted = examine_planted(student, setup.tokenizer, setup.config.max_tokens, count(setup))
         clock.lap("examining")
-    count = 20 if setup.quick else COUNT
-    planted = examine_planted(students["thinktuning"], setup.tokenizer, config.max_tokens, count)
-    right = [(problem_of(one.asked), one.attempt, True) for one in planted_attempts("right", count)]
-    of_right = teacher_prompt_scores(base, setup.tokenizer, right, config)
-    reference["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
-    clock.lap("examining")
+        of_base, of_grpo, reference, their_clock = found_meanwhile()
+    clock.add(their_clock)
+    of_base.scores["seconds"] = clock.seconds["pretrain"]
+    found = {"base": of_base, "grpo": of_grpo, "thinktuning": of_thinktuning}
+    results = {name: one.scores for name, one in found.items()}
     more = dict(seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
     write_summary(setup, results, teacher_prompt=reference, planted=planted, **more)
-    print(f"\n{chart(curves)}\n\n{table(results, reference, len(test))}")
-    print(f"\n{planted_table(planted)}\n\n{same_question(records)}")
+    print(f"\n{chart({method: found[method].history for method in METHODS})}")
+    print(f"\n{table(results, reference, len(of_base.records))}\n\n{planted_table(planted)}")
+    print(f"\n{same_question({name: one.records for name, one in found.items()})}")
     print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
         print(TOO_QUICK)
+
+
+def meanwhile(setup: Setup, base):
+    """The second process's part: train by GRPO and examine that model, then the base.
+
+    Returns what is found of the base and of GRPO's model, the base's scores as the teacher, and the
+    seconds that it took; None if it was stopped.
+    """
+    clock = Clock()
+    trained = by_method(setup, base, "grpo", clock)
+    if trained is None:
+        return None
+    _, of_grpo = trained
+    of_base, reference = examine_base(setup, base)
+    clock.lap("examining")
+    return of_base, of_grpo, reference, clock
+
+
+def by_method(setup: Setup, base, method, clock, page=lambda: None):
+    """Train a copy of `base`; returns it and what is found. None if the training was stopped."""
+    config = replace(setup.config, method=method, **CURVE)
+    student, history = train_one(setup, base, config, setup.out / method, page)
+    clock.lap(method)
+    if not save_trained(setup, student, method, history):
+        return None
+    scores, records = examine(setup, student, held_out_problems(setup))
+    clock.lap("examining")
+    return student, Examined({**scores, "seconds": clock.seconds[method]}, records, history)
+
+
+def examine_base(setup: Setup, base):
+    """As `examine`, with the floor; and the same weights under the teacher prompt.
+
+    There they read their own attempts, and right ones planted under questions with a trap.
+    """
+    tokenizer, config = setup.tokenizer, setup.config
+    problems, samples = held_out_problems(setup), 2 if setup.quick else 6
+    scores, records = examine(setup, base, problems, samples)
+    scores |= floors(base, tokenizer, records)
+    reference = teacher_prompt_scores(base, tokenizer, records, config)
+    for key in ("accuracy", "accuracy_se"):
+        scores[f"teacher_prompt_{key}"] = reference[key]
+    right = planted_attempts("right", count(setup))
+    planted = [(problem_of(one.asked), one.attempt, True) for one in right]
+    of_right = teacher_prompt_scores(base, tokenizer, planted, config)
+    reference["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
+    return Examined(scores, records, []), reference
+
+
+def count(setup: Setup) -> int:
+    """Planted attempts of each kind."""
+    return 20 if setup.quick else COUNT
 
 
 class Clock:
@@ -93,6 +145,13 @@ class Clock:
             spent[name] = spent.get(name, 0.0) + after - before
             spent["total"] += after - before
         self.last = now
+
+    def add(self, other: Clock):
+        """The parts of a process that ran at the same time: only its CPU adds to the total."""
+        theirs = {**other.seconds, "total": 0.0}
+        for spent, more in ((self.seconds, theirs), (self.cpu_seconds, other.cpu_seconds)):
+            for name, seconds in more.items():
+                spent[name] = spent.get(name, 0.0) + seconds
 
     def __str__(self):
         parts = ", ".join(f"{n} {s:.0f}" for n, s in self.seconds.items() if n != "total")
@@ -127,7 +186,7 @@ def save_trained(setup: Setup, student, method, history) -> bool:
     directory = setup.out / method / "model"
     student.save(directory, setup.tokenizer)
     if len(history) < setup.config.steps:
-        print(f"stopped at step {len(history)}; that model is in {directory}")
+        note(f"stopped at step {len(history)}; that model is in {directory}")
         return False
     return True
 

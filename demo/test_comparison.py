@@ -1,6 +1,14 @@
 """The demonstration from its command to its summary."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
 
 import show.live
 from demo.comparison import set_old_results_aside
@@ -44,7 +52,7 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     assert summary["planted"]["right"]["names_line"] is None
     assert summary["seconds"]["pretrain"] > 0
     reloads = ['http-equiv="refresh"' in page for page in pages]
-    assert reloads == [True, True, False]  # GRPO's evaluation, ThinkTuning's, and the end
+    assert reloads == [True, False]  # ThinkTuning's evaluation, and the end
     first = capsys.readouterr().out
     assert first.startswith(f"{tmp_path / 'report.html'} shows the run")
     assert "W ThinkTuning" in first and "under the teacher prompt" in first
@@ -54,13 +62,43 @@ def test_quick_demonstration_writes_the_summary_and_caches_the_base(tmp_path, ca
     assert f"the earlier results in {tmp_path} are now in {tmp_path / 'earlier-1'}" in second
     assert json.loads((tmp_path / "earlier-1" / "summary.json").read_text()) == summary
     assert (tmp_path / "earlier-1" / "thinktuning" / "model" / "model.safetensors").exists()
-    method = "<td>ThinkTuning</td>"  # no run of the first demonstration is on a page of the second
-    assert [method in page for page in pages] == [False, True, True] * 2
+    # No run of the first demonstration is on a page of the second.
+    counts = [page.count("<td>ThinkTuning</td>") for page in pages]
+    assert counts == counts[:2] * 2 and counts[0] > 0
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["cpu_seconds"]["pretrain"] < summary["cpu_seconds"]["pretrain"] / 2
     for name in ("base", "grpo", "thinktuning"):
         # The same to the digit, from the cached base as from the fresh one.
         assert {**again[name], "seconds": 0} == {**summary[name], "seconds": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses, status", [(1, 0), (2, 130)])
+def test_ctrl_c_stops_both_processes(tmp_path, presses, status):
+    command = [sys.executable, "-u", "thinktuning.py", "--out", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    run = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = ""
+    while "thinktuning 1/60" not in said or "grpo 1/60" not in said:
+        line = run.stdout.readline()
+        assert line, said
+        said += line
+    for _ in range(presses):  # a terminal sends it to all processes of the group
+        os.killpg(run.pid, signal.SIGINT)
+        time.sleep(0.1)
+    # The pipe ends when both have ended, and GRPO alone would go on for longer than this.
+    said += run.communicate(timeout=20)[0]
+    assert run.returncode == status and "Traceback" not in said, said
+    assert said.count("stopping after this step") == 1
+    saved = f"that model is in {tmp_path / 'thinktuning' / 'model'}"
+    assert (saved in said) == (presses == 1)
 
 
 def test_earlier_results_never_land_on_each_other(tmp_path):

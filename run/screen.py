@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -30,9 +31,12 @@ def clock(seconds: float) -> str:
 def progress(line: str, last=False, plain=True):
     """Show how far something is: on a terminal one line that is rewritten each time.
 
-    Elsewhere only the lines marked `plain`, and the last one, are printed.
+    Elsewhere only the lines marked `plain`, and the last one, are printed. A process that another
+    has started (run/beside.py) leaves the terminal's line to it, but for its own last one.
     """
     if sys.stdout.isatty():
+        if multiprocessing.parent_process() and not last:
+            return
         width = shutil.get_terminal_size().columns
         line = line[: width - 1]  # a line that wraps could not be rewritten
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
