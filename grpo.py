@@ -29,8 +29,8 @@ Measured = dict[str, tuple[Tensor, Tensor]]  # metric: values, and the tokens it
 class Rollout:
     """A response with its prompt; the fields are filled in as it travels through a step.
 
-    asked: the teacher read it. parsed: the reply followed the format. guided: the teacher's words
-    were appended.
+    It is *asked* about if the teacher was to read it, *parsed* if the reply followed the format
+    (`feedback`), and *guided* if the teacher's words were appended (`guided_from`).
     """
 
     # From sampling.

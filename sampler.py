@@ -171,9 +171,9 @@ class Batch:
         first one looks up or makes a recording, and the others replay it.
         """
         B = len(self.response)
-        while B // 2 >= max(self.active, 8):
+        while B // 2 >= max(self.active, 8):  # not below 8, so that shapes stay few
             B //= 2
-        self.cache.lengths[self.active :] = 0
+        self.cache.lengths[self.active :] = 0  # rows in no use write from 0 on, never past the end
         with self.cache.reserve(count, WINDOW):
             if self.model.compile_step:
                 again = self.model.compile_step(Batch.step, (self, B), self.recordings)

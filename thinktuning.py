@@ -184,7 +184,7 @@ def share_of_help(step: int, config: Config) -> float:
 
 def set_advantages(rollouts: list[Rollout], samples: int, kind: str = "z-score") -> None:
     """Fill in Â of each rollout; `samples` of each question stand side by side."""
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, samples)  # (Q, G)
+    rewards = torch.tensor([float(r.reward) for r in rollouts]).view(-1, samples)  # (Q, G)
     # Question-major, as the rollouts.
     advantages = group_advantages(rewards, kind).flatten().tolist()
     for rollout, advantage in zip(rollouts, advantages):

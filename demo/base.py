@@ -59,13 +59,11 @@ RECIPE = dict(
 # in the cache are then made anew, and the shipped one must be (tools/ship_base.py).
 VERSION = 3
 SHIPPED = Path(__file__).parent / "base-seed0"
-# Pretraining is repeated, up to CYCLES times, until the base model under the teacher prompt solves
-# this share of the validation problems, and judges this share of the attempts rightly; and until it
-# begins a reflection by itself after no more than this share of its wrong attempts. From a student
-# that samples reflections now and then, RL alone could learn them.
-GATE = {"teacher": 0.90, "opinion": 0.95}
-LEAK = 1e-4
-CYCLES = 3
+# Pretraining is repeated until the base model reaches both as the teacher, on validation problems;
+# and until it begins few reflections. From a student that samples some, RL alone could learn them.
+GATE = {"teacher": 0.90, "opinion": 0.95}  # shares of problems solved, of attempts judged rightly
+LEAK = 1e-4  # the largest mean probability that it begins one after its own wrong attempt
+CYCLES = 3  # rounds at most
 READS = (
     "{conversations} conversations: a question, an attempt, the teacher's reply. At a trap the "
     "attempt falls into it; or ({right_attempts:.0%}) it is right, and then the student does not "
@@ -83,38 +81,30 @@ def base_model(setup: Setup) -> LM:
     print("A training step of the base model reads, about training problems only:")
     for line in READS:
         print("  - " + line.format(**setup.recipe))
-    if not setup.from_scratch and shipped_key() == recipe_key(setup.recipe):
-        print(f"the base model of this recipe comes with the program: {SHIPPED}")
-        return LM.load(SHIPPED)
-    if path.exists() and not setup.from_scratch:
-        print(f"cached in {path}")
-        try:
-            return LM.load(path)
-        except (ValueError, OSError) as error:
-            raise RunFailed(f"the cached base model is damaged ({error}); delete {path}") from None
+    if not setup.from_scratch:
+        if shipped_key() == recipe_key(setup.recipe):
+            print(f"the base model of this recipe comes with the program: {SHIPPED}")
+            return undamaged(SHIPPED, "restore")
+        if path.exists():
+            print(f"cached in {path}")
+            return undamaged(path, "delete")
     base = pretrain_until_good(setup)
     shutil.rmtree(path, ignore_errors=True)
     base.save(path, setup.tokenizer)
     return base
 
 
+def undamaged(path: Path, remedy: str) -> LM:
+    try:
+        return LM.load(path)
+    except (ValueError, OSError) as error:
+        raise RunFailed(f"the base model is damaged ({error}); {remedy} {path}") from None
+
+
 def recipe_of(seed: int, floor: float, quick: bool) -> dict:
     """The recipe of a demonstration's base model."""
     recipe = dict(RECIPE, seed=seed, floor=floor)
     return {**recipe, "steps": 40} if quick else recipe
-
-
-def kept_base(run: Path, recipe: dict) -> Path:
-    """The directory of the base model that the demonstration in `run` began with."""
-    for cache in (run, run.absolute().parent):
-        if (path := base_path(cache, recipe)).is_dir():
-            return path
-    if shipped_key() == recipe_key(recipe):
-        return SHIPPED
-    raise ValueError(
-        f"{run}: its base model {path.name} is neither there nor beside it; run the demonstration "
-        "again, and keep that directory"
-    )
 
 
 def base_path(cache: Path, recipe: dict) -> Path:

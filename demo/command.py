@@ -14,8 +14,8 @@ from data.tokenizer import Tokenizer
 from data.wordproblems import problem_of
 from demo import novelty
 from demo.ablations import ablate
-from demo.base import FLOOR, Setup, kept_base, recipe_of
-from demo.comparison import demonstrate
+from demo.base import FLOOR, Setup, recipe_of
+from demo.comparison import METHODS, demonstrate
 from demo.planted import KINDS, Planted, planted_attempts
 from run.config import DEMO, Config
 from run.record import writable
@@ -65,22 +65,22 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
 def prepare_page(args: argparse.Namespace) -> Callable[[], None]:
     """`page`: read a demonstration's directory; returns the function that writes the page."""
     run = Path(args.run)
-    base = base_of(run)
+    models = models_of(run)
     planted = {
         kind: [of_page(one) for one in planted_attempts(kind, ON_THE_PAGE)] for kind in KINDS
     }
-    return page.prepare(run, Path(args.out or run / "page.html"), base, planted)
+    return page.prepare(Path(args.out or run / "page.html"), models, planted)
 
 
-def base_of(run: Path) -> Path:
-    """The base model's directory of a finished demonstration; ValueError if there is none."""
+def models_of(run: Path) -> dict[str, Path]:
+    """The directories of a finished demonstration's models; ValueError if it has not finished."""
     summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
-    if not {"planted", "seed", "floor", "quick"} <= summary.keys():
+    if not ("planted" in summary and (run / "base").is_dir()):
         raise ValueError(
-            f"{run} holds no finished demonstration with its summary.json: give the directory that "
-            "python thinktuning.py has written, such as out/demo-0"
+            f"{run} holds no finished demonstration with its summary.json and models: give the "
+            "directory that python thinktuning.py has written, such as out/demo-0"
         )
-    return kept_base(run, recipe_of(summary["seed"], summary["floor"], bool(summary["quick"])))
+    return {name: run / name / "model" for name in ("base", *METHODS)}
 
 
 ON_THE_PAGE = 40  # planted attempts of each kind

@@ -55,44 +55,49 @@ def demonstrate(setup: Setup, page):
     out, clock = setup.out, Clock()
     set_old_results_aside(out)
     base = base_model(setup)
+    base.save(out / "base" / "model", setup.tokenizer)
     clock.lap("pretrain")
     # Neither method needs the other: on two cores both train at once.
-    with beside(meanwhile, setup, base) as found_meanwhile:
+    with beside(grpo_and_base, setup, base) as wait_for_result:
         trained = by_method(setup, base, "thinktuning", clock, page)
         if trained is None:
             return
         student, of_thinktuning = trained
         planted = examine_planted(student, setup.tokenizer, setup.config.max_tokens, count(setup))
         clock.lap("examining")
-        of_base, of_grpo, reference, their_clock = found_meanwhile()
+        others = wait_for_result()
+        clock.lap("waiting")
+    if others is None:  # on Windows, where Ctrl-C reaches both processes
+        return
+    of_base, of_grpo, as_teacher, their_clock = others
     clock.add(their_clock)
     of_base.scores["seconds"] = clock.seconds["pretrain"]
     found = {"base": of_base, "grpo": of_grpo, "thinktuning": of_thinktuning}
     results = {name: one.scores for name, one in found.items()}
     more = dict(seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
-    write_summary(setup, results, teacher_prompt=reference, planted=planted, **more)
+    write_summary(setup, results, teacher_prompt=as_teacher, planted=planted, **more)
     print(f"\n{chart({method: found[method].history for method in METHODS})}")
-    print(f"\n{table(results, reference, len(of_base.records))}\n\n{planted_table(planted)}")
+    print(f"\n{table(results, as_teacher, len(of_base.records))}\n\n{planted_table(planted)}")
     print(f"\n{same_question({name: one.records for name, one in found.items()})}")
     print(f"\n{clock}; models, metrics and transcripts are in {out}/, {out}/report.html shows them")
     if setup.quick:
         print(TOO_QUICK)
 
 
-def meanwhile(setup: Setup, base):
+def grpo_and_base(setup: Setup, base):
     """The second process's part: train by GRPO and examine that model, then the base.
 
-    Returns what is found of the base and of GRPO's model, the base's scores as the teacher, and the
-    seconds that it took; None if it was stopped.
+    Returns what is found of the base and of GRPO's model, the base's scores as the teacher, and a
+    clock with the seconds; None if it was stopped.
     """
     clock = Clock()
     trained = by_method(setup, base, "grpo", clock)
     if trained is None:
         return None
     _, of_grpo = trained
-    of_base, reference = examine_base(setup, base)
+    of_base, as_teacher = examine_base(setup, base)
     clock.lap("examining")
-    return of_base, of_grpo, reference, clock
+    return of_base, of_grpo, as_teacher, clock
 
 
 def by_method(setup: Setup, base, method, clock, page=lambda: None):
@@ -116,14 +121,14 @@ def examine_base(setup: Setup, base):
     problems, samples = held_out_problems(setup), 2 if setup.quick else 6
     scores, records = examine(setup, base, problems, samples)
     scores |= floors(base, tokenizer, records)
-    reference = teacher_prompt_scores(base, tokenizer, records, config)
+    as_teacher = teacher_prompt_scores(base, tokenizer, records, config)
     for key in ("accuracy", "accuracy_se"):
-        scores[f"teacher_prompt_{key}"] = reference[key]
+        scores[f"teacher_prompt_{key}"] = as_teacher[key]
     right = planted_attempts("right", count(setup))
     planted = [(problem_of(one.asked), one.attempt, True) for one in right]
     of_right = teacher_prompt_scores(base, tokenizer, planted, config)
-    reference["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
-    return Examined(scores, records, []), reference
+    as_teacher["opinion_accuracy_planted_right"] = of_right["opinion_accuracy"]
+    return Examined(scores, records, []), as_teacher
 
 
 def count(setup: Setup) -> int:
@@ -159,12 +164,12 @@ class Clock:
         return f"{self.seconds['total']:.0f} s in all, {cpu:.0f} s of CPU ({parts})"
 
 
-# These are shared with the novelty test.
+# Shared with the novelty test and the ablations.
 
 
 def set_old_results_aside(out):
     """Move what an earlier run has left in `out` into a directory there: it has other models."""
-    names = ("summary.json", "report.html", "page.html", *METHODS)
+    names = ("summary.json", "report.html", "page.html", "base", *METHODS)
     old = [out / name for name in names if (out / name).exists()]
     if not old:
         return

@@ -87,7 +87,8 @@ def planted_attempts(kind: str, count: int = COUNT) -> list[Planted]:
     plain = [story for story in held_out if story.trap is None]
     rng, found = random.Random(f"planted {kind}"), []
     for story in held_out:
-        if not (story.trap if kind == "slip_before" else story.trap is not None):
+        first = 1 if kind == "slip_before" else 0  # a slip needs a day before the trap's
+        if story.trap is None or story.trap < first:
             continue
         days = len(story.days)
         other = rng.choice([candidate for candidate in plain if len(candidate.days) == days])

@@ -3,6 +3,9 @@
 import hashlib
 import itertools
 import json
+import os
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from demo.base import (
 )
 from demo.pretraining import steps_of_rows
 from model import LM
-from run.config import DEMO, Config
+from run.config import DEMO, Config, RunFailed
 from thinktuning import evaluate, main, train
 from tools.ship_base import first_losses
 
@@ -76,6 +79,20 @@ def test_seed_0_takes_the_shipped_base_and_nothing_is_pretrained(tmp_path, capsy
     assert all(torch.equal(x, shipped[name]) for name, x in base.state_dict().items())
     assert not list(tmp_path.iterdir())
     assert str(SHIPPED) in capsys.readouterr().out
+
+
+def test_a_damaged_base_is_named_with_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.base, "shipped_key", lambda: None)
+    setup = setup_in(tmp_path)
+    path = demo.base.base_path(tmp_path, setup.recipe)
+    shutil.copytree(SHIPPED, path)
+    os.truncate(path / "model.safetensors", 1000)
+    with pytest.raises(RunFailed, match=re.escape(f"); delete {path}")):
+        base_model(setup)
+    monkeypatch.setattr(demo.base, "SHIPPED", path)
+    monkeypatch.setattr(demo.base, "shipped_key", lambda: recipe_key(setup.recipe))
+    with pytest.raises(RunFailed, match=re.escape(f"); restore {path}")):
+        base_model(setup)
 
 
 def test_a_base_is_made_once_for_each_floor_and_anew_from_scratch(tmp_path, monkeypatch):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -19,17 +22,15 @@ from run.config import RunFailed
 def beside(function: Callable[..., Any], *args: Any) -> Iterator[Callable[[], Any]]:
     """Start `function(*args)` in a new process; yields a function that waits for its result.
 
-    OSError and RunFailed are raised where one waits, RunFailed also for a process that ends without
-    a result. Whoever leaves the context ends the process: Ctrl-C and SIGTERM do not.
+    Tensors in `args` are shared, not copied: neither side may write to them. An exception is raised
+    where one waits, and RunFailed if the process ends without a result. Leaving the context ends
+    the process. Ctrl-C and SIGTERM do not: this process decides what becomes of the other.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     receiver, sender = context.Pipe(duplex=False)
-    # One thread each, as here: more would only wait for each other.
+    # As many threads as here: by itself torch would take all cores.
     work = (sender, torch.get_num_threads(), function, args)
     process = context.Process(target=send_result, args=work, daemon=True)
-    with signals_blocked():  # the new process inherits it
-        process.start()
-    sender.close()  # now the pipe ends with the other process
 
     def result() -> Any:
         try:
@@ -45,20 +46,35 @@ def beside(function: Callable[..., Any], *args: Any) -> Iterator[Callable[[], An
         return value
 
     try:
+        with signals_blocked():  # the new process inherits it
+            process.start()
+        sender.close()  # now the pipe ends with the other process
         yield result
     finally:
-        process.kill()
-        process.join()
+        if process.pid:  # it has been started
+            process.kill()
+            process.join()
 
 
 def send_result(
     sender: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    """What the new process runs."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         sender.send((function(*args), None))
-    except (OSError, RunFailed) as error:  # run_command makes a sentence of these
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # what is sent loses its own
         sender.send((None, error))
+
+
+def end_with_parent() -> None:
+    """A process that is killed ends no other; the new one would go on by itself."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

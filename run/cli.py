@@ -138,7 +138,7 @@ def add_ask_flags(add):
 
 
 def add_sampling_flags(add):
-    about = "new tokens of a response (1024, or what the context leaves)"
+    about = "new tokens of a response (1024, or less where the context is short)"
     add("--max-tokens", type=positive, help=about)
     add("--seed", type=natural, default=0)
 

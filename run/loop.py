@@ -79,7 +79,7 @@ class Loop:
             for step in range(first, last):
                 self.began = time.perf_counter()
                 shown = self.world.is_first
-                with ticking(f"step {step + 1} of {last}", shown) as self.told:
+                with ticking(f"step {step + 1} of {last}", shown) as self.tick_ended:
                     yield step, self.questions(step)
                 if self.stopped:
                     return
@@ -90,7 +90,10 @@ class Loop:
         return self.world.whole(self.student)
 
     def questions(self, step: int) -> list[Problem]:
-        """This process's questions: its share of each mini-batch, so that every update has all."""
+        """This process's questions: its share of each mini-batch.
+
+        So an update is on the same questions with any number of processes.
+        """
         batch = questions_of_step(self.problems, self.config.questions, self.config.seed, step)
         return [question for part in self.shares(batch) for question in part]
 
@@ -126,7 +129,7 @@ class Loop:
             self.hint(is_due)
         if is_due and self.validate and self.validation and not self.signalled():
             metrics.update(self.validate(self))
-        self.told.set()  # the step's numbers follow
+        self.tick_ended.set()  # the step's numbers take that line now
         if self.run:
             transcripts = self.transcribe(rollouts, step=step) if self.transcribe else []
             self.run.log(metrics, self.config.steps, transcripts)

@@ -53,9 +53,9 @@ class Run:
         if self.resume and stored.exists():
             same_settings(stored, self.config)
         else:
+            write_json(stored, self.config)  # first: the report looks for directories with metrics
             for file in self.files:
                 file.write_bytes(b"")
-            write_json(stored, self.config)
         self.open_files()
 
     def open_files(self) -> None:

@@ -68,7 +68,7 @@ def ticking(line: str, shown=True, after=10.0):
                 return
 
     thread = threading.Thread(target=tick, daemon=True)
-    if shown and sys.stdout.isatty():
+    if shown and sys.stdout.isatty() and not multiprocessing.parent_process():
         thread.start()
     try:
         yield ended

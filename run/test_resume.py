@@ -38,6 +38,7 @@ SETTINGS = (
     "10",
     "--mini-batch",
     "2",
+    "--no-recompute",
     "--learning-rate",
     "1e-2",
     "--teacher-reply",
@@ -186,7 +187,7 @@ def test_flags_that_are_left_out_on_resume_are_the_runs_own(start, undisturbed, 
 def test_what_changes_no_result_may_change_on_resume(start, undisturbed, tmp_path):
     out, changed = (
         tmp_path / "run",
-        {"rows": 2, "micro_batch": 150, "recompute": False, "save_every": 3, "keep": 1},
+        {"rows": 2, "micro_batch": 150, "recompute": True, "save_every": 3, "keep": 1},
     )
     assert child(start, out, before=signal_after(3)) == 0
     flags = [
@@ -194,7 +195,7 @@ def test_what_changes_no_result_may_change_on_resume(start, undisturbed, tmp_pat
         "2",
         "--micro-batch",
         "150",
-        "--no-recompute",
+        "--recompute",
         "--save-every",
         "3",
         "--keep",

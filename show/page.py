@@ -44,15 +44,16 @@ ABOUT = {  # what is said of each model
 }
 
 
-def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) -> Callable[[], None]:
+def prepare(
+    out: Path, paths: dict[str, Path], planted: dict[str, list[dict]]
+) -> Callable[[], None]:
     """Make the page of a finished demonstration; returns the function that writes it.
 
-    `base` is the directory of its base model. `planted` has attempts of each kind, each with
-    "question", "right" (the answer), "attempt" and "note". ValueError or OSError names the
-    directory or file that does not do.
+    `paths` are the directories of its models, by their names. `planted` has attempts of each kind,
+    each with "question", "right" (the answer), "attempt" and "note". ValueError or OSError names
+    the directory or file that does not do.
     """
     check_file(out)
-    paths = {"base": base} | {name: run / name / "model" for name in ("grpo", "thinktuning")}
     config = common_config(paths)
     problems = load_problems("wordproblems", "test")[:PROBLEMS]
     text = page(
@@ -63,7 +64,7 @@ def prepare(run: Path, out: Path, base: Path, planted: dict[str, list[dict]]) ->
             "problems": [{"question": p.question, "right": p.answer} for p in problems],
             "first": {**planted["misconception"][0], "attempt": "", "note": ""},  # it has a trap
             "planted": planted,
-            **stored_tokenizer(base),
+            **stored_tokenizer(paths["base"]),
             **stored_weights({name: flat(load(path)) for name, path in paths.items()}),
         },
     )

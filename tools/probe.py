@@ -37,7 +37,7 @@ from data.wordproblems import (
     stories,
     wrong_day,
 )
-from demo.command import base_of
+from demo.command import models_of
 from demo.planted import COUNT, named_day
 from model import LM
 from run.config import DEMO
@@ -160,9 +160,7 @@ def two_friends(wrong: tuple[bool, bool], count: int) -> list[Attempt]:
 
 def main(run: Path) -> None:
     torch.set_num_threads(1)
-    directories = {"base": base_of(run)}
-    directories |= {name: run / name / "model" for name in ("grpo", "thinktuning")}
-    models = {name: LM.load(path) for name, path in directories.items()}
+    models = {name: LM.load(path) for name, path in models_of(run).items()}
     print(json.dumps(probe(models, Tokenizer.builtin()), indent=1))
 
 
