@@ -104,7 +104,7 @@ def undamaged(path: Path, remedy: str) -> LM:
 def recipe_of(seed: int, floor: float, quick: bool) -> dict:
     """The recipe of a demonstration's base model."""
     recipe = dict(RECIPE, seed=seed, floor=floor)
-    return {**recipe, "steps": 40} if quick else recipe
+    return {**recipe, "steps": 10} if quick else recipe
 
 
 def base_path(cache: Path, recipe: dict) -> Path:

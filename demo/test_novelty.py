@@ -125,7 +125,7 @@ def test_quick_novelty_test_reads_on_from_the_demonstrations_own_base(
 ):
     monkeypatch.setitem(DEMO, "questions", 4)
     assert main(["--preset", "mentor", "--quick", "--out", str(tmp_path)]) == 0
-    key = demo.base.recipe_key(dict(demo.base.RECIPE, seed=0, floor=demo.base.FLOOR, steps=40))
+    key = demo.base.recipe_key(dict(demo.base.RECIPE, seed=0, floor=demo.base.FLOOR, steps=10))
     assert [p.name.split("-torch")[0] for p in tmp_path.glob("base-*")] == [f"base-{key}"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["mentor"] == MENTOR and summary["bonus"] == BONUS

@@ -318,6 +318,64 @@ def table_narrator():
     return text
 
 
+SECOND = {  # the models of SmolLM2's second student
+    "student": "student",
+    "GRPO": "grpo",
+    "ThinkTuning": "thinktuning",
+    "with −Â·log π from step 11": "likelihood_from_step_11",
+}
+
+
+def table_second():
+    found = [result("smollm2-second")[key] for key in SECOND.values()]
+    titles = [f"{name}, {one['steps']} steps" for name, one in zip(SECOND, found) if "steps" in one]
+    text = head("", "student", *titles)
+    scores = [one.get("scores", one) for one in found]
+    all_, friend, plain = (
+        [score[key] for score in scores]
+        for key in ("greedy", "greedy, with a friend", "greedy, without")
+    )
+    text += row("stories", *(one["responses"] for one in all_))
+    cells = [f"{one['accuracy']:.3f} ± {one['accuracy_se']:.3f}" for one in all_]
+    text += row("accuracy ± standard error", *cells)
+    text += row("with a friend", *(f"{one['accuracy']:.3f}" for one in friend))
+    text += row("without one", *(f"{one['accuracy']:.3f}" for one in plain))
+    for name, key in (
+        ("accuracy of the first answer", "first_answer_accuracy"),
+        ("goes on after a wrong answer", "goes_on_wrong"),
+        ("goes on after a right one", "goes_on_right"),
+        ("reflects (a second box) when wrong", "reflection_rate_first_wrong"),
+        ("reflects when right", "reflection_rate_first_right"),
+    ):
+        text += row(name, *(f"{one[key]:.3f}" for one in all_))
+    flips = [f"{one['wrong_to_right']}, {one['right_to_wrong']}" for one in all_]
+    text += row("wrong → right, right → wrong", *flips)
+    named = [one.get("names_day") for one in all_]
+    text += row("names the wrong day", *("–" if n is None else f"{n:.3f}" for n in named))
+    for kind, share in (("misconception", "mended"), ("right", "right in the end")):
+        cells = [f"{one[f'planted, {kind}']['accuracy']:.3f}" for one in scores]
+        text += row(f"planted attempts, {kind}: {share}", *cells)
+    return text
+
+
+WORDS = "Wait", "look", "the day", "belong"
+SPANS = (0, 5), (5, 10), (11, 13), (13, 15), (15, 17), (17, 19), (19, 21), (21, 24)
+
+
+def table_words():
+    """Mean π of guided words; of two numbers the first is AAS's."""
+    runs = [result("smollm2-second")[key]["pi_of_words"] for key in list(SECOND.values())[2:]]
+    text = head("steps", *(f"“{word}”" if word != "the day" else word for word in WORDS))
+    for first, end in SPANS:
+        cells = []
+        for word in WORDS:
+            seen = [[r[word] for r in run if first <= r["step"] < end] for run in runs]
+            means = [f"{sum(pis) / len(pis):.4f}" if pis else "–" for pis in seen]
+            cells.append(", ".join(means) if first > 10 else means[0])
+        text += row(f"{first}–{end - 1}", *cells)
+    return text
+
+
 def memory(**settings):
     return plan.memory(Config(**settings), SIZES)
 
@@ -347,6 +405,8 @@ TABLES = {
     "ablations": lambda: table_ablation("all"),
     "forced": table_forced,
     "narrator": table_narrator,
+    "second": table_second,
+    "words": table_words,
     "memory": table_memory,
     "refusal": refusal,
 }
@@ -552,16 +612,23 @@ def test_numbers_of_the_second_student_of_smollm2():
         f"{others[0][0] + others[1][0]} of the {others[0][1] + others[1][1]} others",
         f"{sampled['wrong_to_right']} mend a wrong answer, and {sampled['right_to_wrong']} spoil",
     )
-    run = second["thinktuning"]
-    five, ten = run["evaluations"]
+    run, lever = second["thinktuning"], second["likelihood_from_step_11"]
+    greedy, last = run["scores"]["greedy"], lever["metrics"]
+    weights = [metrics["w_guided"] for metrics in run["metrics"] if "w_guided" in metrics]
+    rare = run["with_pi_below_0.001"] / run["guided_tokens_in_transcripts"]
+    assert greedy["names_day"] == 0 and greedy["goes_on_wrong"] == greedy["goes_on_right"] == 1
+    assert run["evaluations"][:2] == lever["evaluations"][:2]  # one run up to the checkpoint
     assert not missing(
         "results.md",
-        f"stopped after {run['steps']} steps",
+        f"after {greedy['reflection_rate_first_wrong']:.0%} of the wrong ones only",
+        f"The mean of w, {min(weights):.2f} to {max(weights):.2f} in each step",
+        f"{rare:.0%} of the guided tokens have a π below 0.001",
+        f"Of {run['guided_in_transcripts']} recorded guided rollouts "
+        f"{run['with_text_of_the_students_between']} had gone on",
         f"asked {run['asked']} times and followed the format {run['parsed']} times",
         f"continued {run['guided']} rollouts, of which {run['guided_reward']:.0f} earned",
-        f"reflected on {five['eval_reflection_rate']:.3f} of 40 validation problems after 5 steps",
-        f"on {ten['eval_reflection_rate']:.3f} after 10",
-        f"{five['eval_accuracy']:.3f} right, then {ten['eval_accuracy']:.3f}",
+        f"ThinkTuning {round(run['sampled_tokens'], -3):,}, GRPO "
+        f"{round(second['grpo']['sampled_tokens'], -3):,}",
     )
 
 
