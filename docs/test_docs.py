@@ -335,7 +335,7 @@ def table_second():
         [score[key] for score in scores]
         for key in ("greedy", "greedy, with a friend", "greedy, without")
     )
-    text += row("stories", *(one["responses"] for one in all_))
+    text += row("stories", *(str(one["responses"]) for one in all_))
     cells = [f"{one['accuracy']:.3f} ± {one['accuracy_se']:.3f}" for one in all_]
     text += row("accuracy ± standard error", *cells)
     text += row("with a friend", *(f"{one['accuracy']:.3f}" for one in friend))
