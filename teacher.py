@@ -268,7 +268,7 @@ def augment(rollout: Rollout, feedback: Feedback, tokenizer: Tokenizer, max_toke
     back, where ô_i is longer than max_tokens, or where the guidance holds a stop token: the
     response would end there.
     """
-    own, end = rollout.response[:-1], rollout.response[-1:]  # o_i without its end token, and it
+    own, end = rollout.response[:-1], rollout.response[-1:]  # o_i without its end token; that token
     guidance = f"\n\n{feedback.reason}\n\n{feedback.phrase}"
     added = tokenizer.encode(guidance)
     augmented = own + added + end  # ô_i

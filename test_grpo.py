@@ -859,7 +859,7 @@ def test_the_kl_terms_reference_has_the_same_temperature(temperature):
 @pytest.mark.slow
 def test_an_update_compiles_whole_a_handful_of_times_for_all_lengths_and_does_the_same(monkeypatch):
     temperature = 0.7
-    model = tiny_model(tie_embeddings=True, n_layers=1)
+    model = tiny_model(tie_embeddings=True)
     rng, rollouts = random.Random(0), []
     for i in range(60):
         ids = lambda least, most: [rng.randrange(11) for _ in range(rng.randint(least, most))]

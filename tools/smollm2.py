@@ -71,17 +71,15 @@ def save_tokenizer(gguf, out) -> None:
 
 def save_model(gguf, out) -> None:
     """The weights go into a new model, because one that comes from GGUF cannot be saved."""
-    import torch
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with torch.device("meta"):  # without random weights, which would be overwritten
-        model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     # from_pretrained(gguf_file=) does the same, but asks for one more package (accelerate).
     weights = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model)["tensors"]
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied: the file has one
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights)
     model.save_pretrained(out)
 
 
