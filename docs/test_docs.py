@@ -351,7 +351,10 @@ def table_second():
     flips = [f"{one['wrong_to_right']}, {one['right_to_wrong']}" for one in all_]
     text += row("wrong → right, right → wrong", *flips)
     named = [one.get("names_day") for one in all_]
-    text += row("names the wrong day", *("–" if n is None else f"{n:.3f}" for n in named))
+    text += row(
+        "of its reflections on wrong answers, name the wrong day",
+        *("–" if n is None else f"{n:.3f}" for n in named),
+    )
     for kind, share in (("misconception", "mended"), ("right", "right in the end")):
         cells = [f"{one[f'planted, {kind}']['accuracy']:.3f}" for one in scores]
         text += row(f"planted attempts, {kind}: {share}", *cells)
