@@ -101,10 +101,12 @@ def undamaged(path: Path, remedy: str) -> LM:
         raise RunFailed(f"the base model is damaged ({error}); {remedy} {path}") from None
 
 
-def recipe_of(seed: int, floor: float, quick: bool) -> dict:
-    """The recipe of a demonstration's base model."""
+def recipe_of(seed: int, floor: float, quick: bool = False, from_scratch: bool = False) -> dict:
+    """The recipe of a demonstration's base model. A quick run pretrains for a few steps, if any."""
     recipe = dict(RECIPE, seed=seed, floor=floor)
-    return {**recipe, "steps": 10} if quick else recipe
+    if quick and (from_scratch or recipe_key(recipe) != shipped_key()):
+        recipe["steps"] = 10
+    return recipe
 
 
 def base_path(cache: Path, recipe: dict) -> Path:

@@ -24,12 +24,12 @@ from demo.pretraining import new_model, steps_of_rows, train_on_texts
 FIRST = 20  # steps of pretraining that a test repeats
 
 
-def first_losses(recipe: dict, tokenizer: Tokenizer) -> list[float]:
+def first_losses(recipe: dict, tokenizer: Tokenizer, count: int = FIRST) -> list[float]:
     """The loss of each of the first steps of pretraining."""
     model = new_model(recipe, tokenizer.vocab_size)
     rows = steps_of_rows(recipe, f"pretraining {recipe['seed']} 0", tokenizer)
     return train_on_texts(
-        model, tokenizer, recipe, itertools.islice(rows, FIRST), "first steps", lines=1
+        model, tokenizer, recipe, itertools.islice(rows, count), "first steps", lines=1
     )
 
 
