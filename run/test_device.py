@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sampler
 from grpo import Rollout, update
@@ -71,7 +70,23 @@ def on_the_device(key):
 
 def has_a_place(x):
     """Whether it must be on the device: the CPU's numbers without a dimension go with any."""
-    return isinstance(x, Pretended) or isinstance(x, torch.Tensor) and x.dim() > 0
+    return isinstance(x, Pretended) or x.dim() > 0
+
+
+def tensors_in(x):
+    """All tensors in nested lists and tuples (torch's own walk takes most of a test's time)."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [y for part in x for y in tensors_in(part)] if isinstance(x, (list, tuple)) else []
+
+
+def changed(x, kind, change):
+    """The same nested lists and tuples, with `change` made to the tensors of this kind."""
+    if isinstance(x, kind):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(changed(part, kind, change) for part in x)
+    return x
 
 
 class Device(TorchDispatchMode):
@@ -81,7 +96,8 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         packet, kwargs = function.overloadpacket, dict(kwargs or {})
-        there = [isinstance(x, Pretended) for x in tree_leaves((args, kwargs)) if has_a_place(x)]
+        given = tensors_in([*args, *kwargs.values()])
+        there = [isinstance(x, Pretended) for x in given if has_a_place(x)]
         to = kwargs.get("device")
         stays = any(there) if to is None else torch.device(to) == NAME  # on the device
         if packet is aten.copy_:
@@ -92,11 +108,11 @@ class Device(TorchDispatchMode):
             self.wait(function)
         if to is not None:
             kwargs["device"] = torch.device("cpu")
-        numbers, options = tree_map_only(Pretended, lambda x: x.numbers, (args, kwargs))
-        found = function(*numbers, **options)
+        numbers, values = changed((args, [*kwargs.values()]), Pretended, lambda x: x.numbers)
+        found = function(*numbers, **dict(zip(kwargs, values)))
         if function._schema.is_mutable and args and isinstance(found, torch.Tensor):
             return args[0]  # in place
-        return tree_map_only(torch.Tensor, Pretended, found) if stays else found
+        return changed(found, torch.Tensor, Pretended) if stays else found
 
     def indexes_with_bools(self, packet, args):
         if packet not in (aten.index, aten.index_put, aten.index_put_):
