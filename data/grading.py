@@ -96,7 +96,7 @@ class MathVerify:
 
     def _start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "data.grading"],
+            [sys.executable, "-m", "data.grading", str(SECONDS)],
             cwd=Path(__file__).resolve().parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -116,7 +116,7 @@ class MathVerify:
         self.process.communicate()
 
 
-def serve():
+def serve(seconds: int):
     """The other process: for each line, a JSON pair [given, answer], it writes true or false.
 
     It ends with its input, or when a comparison exceeds the limits.
@@ -135,7 +135,7 @@ def serve():
     print(importlib.metadata.version("math-verify"), flush=True)
     for line in sys.stdin:
         given, answer = json.loads(line)
-        limit_time(SECONDS, PATIENCE)
+        limit_time(seconds, PATIENCE)
         verdict = verify(parsed(answer), parsed(given), timeout_seconds=None)
         limit_time(0, 0)
         print(json.dumps(bool(verdict)), flush=True)
@@ -164,4 +164,4 @@ def limit_memory():
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

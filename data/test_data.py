@@ -847,9 +847,11 @@ def math_verify():
 def grader():
     if importlib.util.find_spec("math_verify") is None:
         pytest.skip("math-verify is not installed")
-    grader = Grader("math-verify")
-    yield grader
-    grader.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grading, "SECONDS", 2)  # one test waits for the end of them
+        grader = Grader("math-verify")
+        yield grader
+        grader.close()
 
 
 @pytest.fixture(scope="module")

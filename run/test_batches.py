@@ -72,7 +72,7 @@ def test_the_layers_read_few_of_gsm8ks_prompts_twice_and_no_padding():
         [tokenizer.encode(line[key]) for line in lines] for key in ("question", "answer")
     )
     model = model_of("llama", vocab_size=tokenizer.vocab_size)
-    for start in range(0, 640, 32):  # the published mini-batch, with other questions' solutions
+    for start in range(0, 640, 64):  # the published mini-batch, with other questions' solutions
         rollouts = []
         for i in range(start, start + 32):
             rollouts += [Rollout(prompts[i], solutions[(i + 7 * g) % 640], True) for g in range(5)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import load_problems
 from grpo import Rollout
 from model import LM
 from run.config import Config, RunFailed
@@ -244,12 +245,12 @@ def test_a_note_takes_the_place_of_a_terminals_progress_line(capsys, monkeypatch
     assert capsys.readouterr().out == "wait\n\rwait\x1b[K\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
-    run = tmp_path / "run"
-    flags = (
-        "--data wordproblems --method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
-    )
+def test_ctrl_c_saves_and_exits_cleanly(model_directory, tmp_path):
+    """SIGTERM, which takes the same way, is what run/test_resume.py sends."""
+    run, problems = tmp_path / "run", tmp_path / "problems.jsonl"
+    lines = [json.dumps(problem._asdict()) for problem in load_problems("wordproblems", "test")]
+    problems.write_text("\n".join(lines))
+    flags = "--method grpo --steps 100000 --questions 2 --samples 2 --max-tokens 8"
     command = [
         sys.executable,
         "thinktuning.py",
@@ -258,6 +259,8 @@ def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
         model_directory,
         "--out",
         run,
+        "--data",
+        problems,
         *flags.split(),
     ]
     process = subprocess.Popen(
@@ -267,7 +270,7 @@ def test_a_signal_saves_and_exits_cleanly(number, model_directory, tmp_path):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2:
             break
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err
     LM.load(run / "model")
