@@ -327,22 +327,25 @@ def fail(number):
     [[kill_self], [partial(fail, e) for e in (errno.ENOSPC, errno.EACCES, errno.EIO)]],
     ids=["SIGKILL", "ENOSPC, EACCES or EIO"],
 )
-def test_no_write_that_fails_or_never_returns_loses_the_run(start, undisturbed, tmp_path, actions):
-    reached = 0
+def test_no_write_that_fails_or_never_returns_loses_the_run(start, tmp_path, actions):
+    # The second checkpoint takes the place of the first.
+    flags = ("--steps", "2", "--save-every", "1", "--keep", "1")
+    assert child(start, tmp_path / "whole", *flags) == 0
+    whole, reached = outcome(tmp_path / "whole"), 0
     # Every call is killed; of the errors every second one, because no call is handled apart.
     for n in range(1, 200, min(2, len(actions))):
         out = tmp_path / f"run{n}"
         action = actions[
             n % len(actions)
         ]  # the errors in turn: nothing in the program tells one from another
-        status = child(start, out, "--save-every", "3", before=at_call(n, action))
+        status = child(start, out, *flags, before=at_call(n, action))
         if status == 0:
             break  # fewer than n calls were made
         reached = n
         assert status == -signal.SIGKILL if action is kill_self else status in (1, 2)
         assert "Traceback" not in (tmp_path / f"run{n}.log").read_text()
-        assert child(start, out, "--save-every", "3") == 0
-        assert outcome(out) == undisturbed[0]
+        assert child(start, out, *flags) == 0
+        assert outcome(out) == whole
     assert reached > 20
 
 

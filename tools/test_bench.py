@@ -89,6 +89,7 @@ def test_bad_input_is_told_before_anything_is_measured(flags, said, capsys, monk
 
 @pytest.mark.slow
 def test_a_run_measures_every_part_of_a_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", bench.shape(512, 32, 1, 2, 1, 64))
     monkeypatch.setattr(bench, "LENGTH", 16)
     monkeypatch.setitem(bench.SAMPLING, "max_tokens", 16)
     monkeypatch.setitem(bench.PROMPTS, "tiny", 2)
