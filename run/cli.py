@@ -6,16 +6,11 @@ It knows no command's code and does not import torch, so that --help answers at 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from run.config import DTYPES, MAY_CHANGE, add_config_flags, flag
 from run.errors import complain
-
-# Torch reads this when it is first given memory. With huge pages (on Linux, where the system lets
-# programs ask for them) a step of a model with 135M parameters takes a tenth less time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 DESCRIPTION = """ThinkTuning from scratch (arXiv 2508.07616).
 
