@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.weights import config_to_json, read_companions, read_config, read_tensors, write_directory
+from data import weights
 
 # From this many feed-forward units on (tokens x layers x ffn_dim) a backward pass computes them
 # again: keeping them costs five tensors of that size. Below it memory is cheap and time is not.
@@ -120,15 +120,15 @@ class LM(nn.Module):
 
         Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
         """
-        fields, source = read_config(path)
+        fields, source = weights.read_config(path)
         config = ModelConfig(**fields)
-        with torch.device("meta"):  # no random initialisation, no second copy
+        with torch.device("meta"), weights.NoInit():  # no random numbers, no second copy
             model = cls(config).to(dtype)
         model.to_empty(device=device)
         if config.tie_embeddings:
             model.head.weight = model.embed.weight  # to_empty gave each its own storage
-        read_tensors(path, dict(model.disk_tensors()), tied=config.tie_embeddings)
-        model.source, model.companions = source, read_companions(path)
+        weights.read_tensors(path, dict(model.disk_tensors()), tied=config.tie_embeddings)
+        model.source, model.companions = source, weights.read_companions(path)
         return model
 
     def save(self, path: str | Path, tokenizer: Any = None) -> None:
@@ -137,8 +137,8 @@ class LM(nn.Module):
         Weights are split into shards of 5 GB. A model made here came with no files: give it its
         `tokenizer`. If writing fails, an older directory at `path` stays as it was.
         """
-        config = self.source or config_to_json(self.config)
-        write_directory(path, config, self.disk_tensors(), self.companions, tokenizer)
+        config = self.source or weights.config_to_json(self.config)
+        weights.write_directory(path, config, self.disk_tensors(), self.companions, tokenizer)
 
     def disk_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name in a Hugging Face-style file, a view of the parameter)."""

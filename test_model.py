@@ -819,6 +819,18 @@ def test_what_came_with_a_model_leaves_with_it_to_the_byte(directory, tmp_path):
     )
 
 
+def test_loading_and_sampling_do_not_import_torchs_compiler(tmp_path):
+    """It takes as long as all the rest of torch."""
+    LM(SMALL).save(tmp_path)
+    script = (
+        "import sys; from model import LM; from sampler import generate\n"
+        "generate(LM.load(sys.argv[1]), [[1, 2]], max_tokens=2, stop=())\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, tmp_path]
+    assert subprocess.run(command, cwd=os.path.dirname(__file__)).returncode == 0
+
+
 @pytest.mark.slow
 def test_loading_needs_the_model_and_its_largest_tensor_and_no_more(tmp_path):
     config = ModelConfig(

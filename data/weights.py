@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from data.files import read_json, regular
 
@@ -236,6 +237,19 @@ def config_to_json(config) -> dict:
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
     }
+
+
+class NoInit(TorchFunctionMode):
+    """Within it, modules are made without values.
+
+    On the meta device there are none, but to draw a normal one torch would import its compiler,
+    which takes as long as all the rest of torch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def read_tensors(directory, wanted: dict, tied: bool) -> None:

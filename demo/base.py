@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,18 +76,22 @@ READS = (
 
 
 def base_model(setup: Setup) -> LM:
-    """The base model of a recipe: the one that is shipped, or kept in the cache, or made now."""
-    path = base_path(setup.cache, setup.recipe)
+    """The base model of a recipe: the one that is shipped, or kept in the cache, or made now.
+
+    A quick run makes it in a few steps.
+    """
     print("A training step of the base model reads, about training problems only:")
     for line in READS:
         print("  - " + line.format(**setup.recipe))
-    if not setup.from_scratch:
-        if shipped_key() == recipe_key(setup.recipe):
-            print(f"the base model of this recipe comes with the program: {SHIPPED}")
-            return undamaged(SHIPPED, "restore")
-        if path.exists():
-            print(f"cached in {path}")
-            return undamaged(path, "delete")
+    if not setup.from_scratch and shipped_key() == recipe_key(setup.recipe):
+        print(f"the base model of this recipe comes with the program: {SHIPPED}")
+        return undamaged(SHIPPED, "restore")
+    if setup.quick:
+        setup = replace(setup, recipe={**setup.recipe, "steps": 10})
+    path = base_path(setup.cache, setup.recipe)
+    if not setup.from_scratch and path.exists():
+        print(f"cached in {path}")
+        return undamaged(path, "delete")
     base = pretrain_until_good(setup)
     shutil.rmtree(path, ignore_errors=True)
     base.save(path, setup.tokenizer)
@@ -101,12 +105,9 @@ def undamaged(path: Path, remedy: str) -> LM:
         raise RunFailed(f"the base model is damaged ({error}); {remedy} {path}") from None
 
 
-def recipe_of(seed: int, floor: float, quick: bool = False, from_scratch: bool = False) -> dict:
-    """The recipe of a demonstration's base model. A quick run pretrains for a few steps, if any."""
-    recipe = dict(RECIPE, seed=seed, floor=floor)
-    if quick and (from_scratch or recipe_key(recipe) != shipped_key()):
-        recipe["steps"] = 10
-    return recipe
+def recipe_of(seed: int, floor: float) -> dict:
+    """The recipe of a demonstration's base model."""
+    return dict(RECIPE, seed=seed, floor=floor)
 
 
 def base_path(cache: Path, recipe: dict) -> Path:

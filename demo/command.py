@@ -36,7 +36,7 @@ def prepare(args: argparse.Namespace, train: Callable, evaluate: Callable) -> Ca
     if args.quick:
         config = replace(config, steps=2)
     config.check()
-    recipe = recipe_of(args.seed, floor, args.quick, args.from_scratch)
+    recipe = recipe_of(args.seed, floor)
     name = f"{args.preset}-{args.seed}"
     if floor != FLOOR:
         name += f"-floor{floor:g}"

@@ -27,7 +27,6 @@ from demo.base import (
     floors,
     gate,
     recipe_key,
-    recipe_of,
     shipped_key,
 )
 from demo.pretraining import steps_of_rows
@@ -123,12 +122,19 @@ def test_the_flags_reach_the_base_model(tmp_path, monkeypatch):
     assert [setup.recipe["floor"] for setup in seen] == [FLOOR, 0]
 
 
-def test_a_quick_run_takes_the_shipped_base_or_pretrains_for_a_few_steps():
-    assert recipe_of(0, FLOOR, quick=True) == RECIPE0
-    few = dict(RECIPE0, steps=10)
-    assert recipe_of(0, FLOOR, quick=True, from_scratch=True) == few
-    assert recipe_of(1, FLOOR, quick=True) == dict(few, seed=1)
-    assert recipe_of(0, FLOOR, from_scratch=True) == RECIPE0
+def test_a_quick_run_takes_the_shipped_base_or_pretrains_for_a_few_steps(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        demo.base, "pretrain_until_good", lambda setup: made.append(setup) or LM.load(SHIPPED)
+    )
+    quick = replace(setup_in(tmp_path), quick=True)
+    base_model(quick)
+    assert not made
+    base_model(replace(quick, from_scratch=True))
+    other = dict(RECIPE0, transcripts=0)  # as an ablation's
+    for _ in range(2):
+        base_model(replace(quick, recipe=other))
+    assert [setup.recipe for setup in made] == [dict(RECIPE0, steps=10), dict(other, steps=10)]
 
 
 def test_the_floors_are_mean_probabilities_of_a_blank_line_after_attempts():
