@@ -24,11 +24,13 @@ from data import Problem
 
 NAMES = dict.fromkeys(("Gus", "Ben", "Tom", "Max", "Sam", "Leo"), "he")
 NAMES |= dict.fromkeys(("Mia", "Eva", "Ann", "Zoe", "Ida", "Kim"), "she")
+PEOPLE = tuple(NAMES)
 THINGS = tuple("keys coins shells cards books stamps pens cups rings bells nuts plums".split())
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
 VERBS = {"+": ("finds", "buys"), "-": ("loses", "sells")}
 MOST_AT_FIRST, MOST = 12, 20  # counts: every one lies in 1..MOST, also if worked out mistakenly
-AMOUNTS = {"own": (1, 5), "friend": (1, 5), "pairs": (2, 4)}  # the least and most of a day
+AMOUNTS = {"own": range(1, 6), "friend": range(1, 6), "pairs": range(2, 5)}  # of a day
+FACTORS = {"own": 1, "friend": 0, "pairs": 2}  # how often a day's amount counts
 TRAPS = ("friend", "pairs")
 TRAPPED = 0.65  # share of the stories of two days or more that hold a trap; never two
 DIFFICULTY = {1: 1, 2: 3, 3: 3, 4: 3}  # number of days: its relative frequency
@@ -43,8 +45,8 @@ class Day(NamedTuple):
 
     def change(self, mistaken: bool) -> int:
         """What the day adds to the count."""
-        factor = 1 if mistaken else {"own": 1, "friend": 0, "pairs": 2}[self.kind]
-        return int(self.sign + "1") * factor * self.amount
+        factor = 1 if mistaken else FACTORS[self.kind]
+        return factor * (self.amount if self.sign == "+" else -self.amount)
 
 
 class Story(NamedTuple):
@@ -142,6 +144,7 @@ def split_of(story: Story) -> str:
     return "none" if split == "train" and beginnings != {"train"} else split
 
 
+@functools.cache
 def split_of_content(text: str) -> str:
     number = hashlib.sha256(f"split {text}".encode()).digest()[0] % 10
     return {0: "test", 1: "test", 2: "validation"}.get(number, "train")
@@ -156,9 +159,9 @@ def make_story(rng: random.Random, days: int, split: str, traps: tuple[str, ...]
         drawn = []
         for kind in kinds:
             sign = rng.choice("+-")
-            drawn.append(Day(sign, rng.randint(*AMOUNTS[kind]), rng.choice(VERBS[sign]), kind))
+            drawn.append(Day(sign, rng.choice(AMOUNTS[kind]), rng.choice(VERBS[sign]), kind))
         start = rng.randint(1, MOST_AT_FIRST)
-        story = Story(rng.choice(list(NAMES)), rng.choice(THINGS), start, tuple(drawn))
+        story = Story(rng.choice(PEOPLE), rng.choice(THINGS), start, tuple(drawn))
         values = counts(story) + counts(story, mistaken=True)
         if 1 <= min(values) and max(values) <= MOST and split_of(story) == split:
             return story

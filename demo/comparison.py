@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-from data import load_problems
+from data import wordproblems
 from data.scores import reflects, score
 from data.wordproblems import problem_of, question, stories, wrong_day
 from demo.base import Setup, base_model, floors, teacher_prompt_scores
@@ -27,7 +27,7 @@ from show.report import write_report
 from teacher import Feedback, make_teacher
 
 METHODS = ("grpo", "thinktuning")
-HELD_OUT = ("validation", "test")
+HELD_OUT = ("test", "validation")
 SAMPLED = (  # scores that are also given for sampled responses
     "accuracy",
     "reflection_rate",
@@ -182,8 +182,7 @@ def set_old_results_aside(out):
 
 
 def held_out_problems(setup: Setup, split: str = "test"):
-    problems = load_problems("wordproblems", split)
-    return problems[:20] if setup.quick else problems
+    return wordproblems.problems(split, 20 if setup.quick else None)
 
 
 def save_trained(setup: Setup, student, method, history) -> bool:
@@ -235,8 +234,9 @@ def train_one(
     run, validation = None, ()
     if path:
         run = Run(path, {"model": name, **vars(config)}, config.method)
-        validation = load_problems("wordproblems", "validation")[: config.eval_count]
-    problems = load_problems("wordproblems", "train")
+        if config.eval_count:
+            validation = wordproblems.problems("validation", config.eval_count)
+    problems = wordproblems.problems("train")
     loop = Loop(problems, config, run=run, validation=validation, page=page)
     history = setup.train(student, setup.tokenizer, loop, teacher, **changes)
     if run:
@@ -275,7 +275,8 @@ def names_line(records) -> float | None:
 
     None if none reflects. A reflection on a right attempt names no wrong line.
     """
-    known = {question(story): story for split in HELD_OUT for story in stories(split)}
+    told = ({question(story): story for story in stories(split)} for split in HELD_OUT)
+    known = next(found for found in told if records[0][0].question in found)  # all of one split
     named = []
     for problem, text, _ in records:
         if reflects(text):
