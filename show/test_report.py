@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
@@ -1219,7 +1220,8 @@ def browser(tmp_path):
         )
         flags += " --disable-background-networking --disable-component-update"
         flags += " --enable-logging=stderr --window-size=1800,1000 --dump-dom"
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        # A directory for each visit: the cache of the last one might give its page again.
+        profile = f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}"
         address = f"http://127.0.0.1:{server.server_port}/frames.html"
         words = [chromium, *flags.split(), profile, address]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
