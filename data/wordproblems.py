@@ -29,7 +29,7 @@ THINGS = tuple("keys coins shells cards books stamps pens cups rings bells nuts 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
 VERBS = {"+": ("finds", "buys"), "-": ("loses", "sells")}
 MOST_AT_FIRST, MOST = 12, 20  # counts: every one lies in 1..MOST, also if worked out mistakenly
-AMOUNTS = {"own": range(1, 6), "friend": range(1, 6), "pairs": range(2, 5)}  # of a day
+AMOUNTS = {"own": range(1, 6), "friend": range(1, 6), "pairs": range(2, 5)}  # a day's
 FACTORS = {"own": 1, "friend": 0, "pairs": 2}  # how often a day's amount counts
 TRAPS = ("friend", "pairs")
 TRAPPED = 0.65  # share of the stories of two days or more that hold a trap; never two
@@ -171,15 +171,19 @@ def draw_days(rng: random.Random) -> int:
     return rng.choices(list(DIFFICULTY), weights=list(DIFFICULTY.values()))[0]
 
 
-@functools.cache
 def stories(split: str, count: int | None = None) -> tuple[Story, ...]:
-    """The stories of the split's problems, always the same ones.
+    """The split's stories, or the first `count` of them: always the same ones.
 
     No two training problems have the same text; no two of the others even the same content.
     """
+    return first_stories(split, SIZES[split] if count is None else count)
+
+
+@functools.cache
+def first_stories(split: str, count: int) -> tuple[Story, ...]:
     rng = random.Random(f"wordproblems {split}")
     found: dict[tuple[str, ...], Story] = {}
-    while len(found) < (count or SIZES[split]):
+    while len(found) < count:
         story = make_story(rng, draw_days(rng), split)
         both = contents(story, False)[-1], contents(story, True)[-1]
         found.setdefault((question(story),) if split == "train" else both, story)
@@ -193,3 +197,14 @@ def problems(split: str, count: int | None = None) -> list[Problem]:
 
 def problem_of(story: Story) -> Problem:
     return Problem(question(story), str(counts(story)[-1]))
+
+
+def story_of(problem: Problem) -> Story:
+    """The story of a held-out problem. Raises KeyError if it is another problem."""
+    return told("test").get(problem.question) or told("validation")[problem.question]
+
+
+@functools.cache
+def told(split: str) -> dict[str, Story]:
+    """The split's stories by their questions."""
+    return {question(story): story for story in stories(split)}

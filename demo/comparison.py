@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data import wordproblems
 from data.scores import reflects, score
-from data.wordproblems import problem_of, question, stories, wrong_day
+from data.wordproblems import problem_of, story_of, wrong_day
 from demo.base import Setup, base_model, floors, teacher_prompt_scores
 from demo.planted import COUNT, examine_planted, named_day, planted_attempts
 from demo.printed import chart, planted_table, same_question, table
@@ -27,7 +27,6 @@ from show.report import write_report
 from teacher import Feedback, make_teacher
 
 METHODS = ("grpo", "thinktuning")
-HELD_OUT = ("test", "validation")
 SAMPLED = (  # scores that are also given for sampled responses
     "accuracy",
     "reflection_rate",
@@ -234,8 +233,7 @@ def train_one(
     run, validation = None, ()
     if path:
         run = Run(path, {"model": name, **vars(config)}, config.method)
-        if config.eval_count:
-            validation = wordproblems.problems("validation", config.eval_count)
+        validation = wordproblems.problems("validation", config.eval_count)
     problems = wordproblems.problems("train")
     loop = Loop(problems, config, run=run, validation=validation, page=page)
     history = setup.train(student, setup.tokenizer, loop, teacher, **changes)
@@ -275,13 +273,11 @@ def names_line(records) -> float | None:
 
     None if none reflects. A reflection on a right attempt names no wrong line.
     """
-    told = ({question(story): story for story in stories(split)} for split in HELD_OUT)
-    known = next(found for found in told if records[0][0].question in found)  # all of one split
     named = []
     for problem, text, _ in records:
         if reflects(text):
             attempt, reflection = at_first_answer(text)
-            wrong = wrong_day(known[problem.question], attempt)
+            wrong = wrong_day(story_of(problem), attempt)
             named.append(wrong is not None and named_day(reflection) == wrong)
     return sum(named) / len(named) if named else None
 

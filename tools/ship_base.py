@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer
-from demo.base import FLOOR, RECIPE, SHIPPED, base_path, recipe_key
+from demo.base import FLOOR, SHIPPED, base_path, recipe_key, recipe_of
 from demo.pretraining import new_model, steps_of_rows, train_on_texts
 
 FIRST = 20  # steps of pretraining that a test repeats
@@ -36,7 +36,7 @@ def first_losses(recipe: dict, tokenizer: Tokenizer, count: int = FIRST) -> list
 def ship(cache: Path) -> None:
     """Copy seed 0's base model from `cache`, with what a test needs to check it."""
     torch.set_num_threads(1)
-    recipe = dict(RECIPE, seed=0, floor=FLOOR)
+    recipe = recipe_of(0, FLOOR)
     shutil.rmtree(SHIPPED, ignore_errors=True)
     shutil.copytree(base_path(cache, recipe), SHIPPED)
     made = {
